@@ -1,0 +1,58 @@
+"""``python -m lenet_pl``: answers help and version at once, and imports torch only for a command."""
+
+import difflib
+import sys
+
+from lenet_pl import __version__
+
+COMMANDS = {
+    "fit": "train; at the end score the best checkpoint on the test set",
+    "validate": "score a checkpoint on the validation images",
+    "test": "score a checkpoint on the 10,000 test images",
+    "predict": "classify the test images",
+}
+USAGE = f"""\
+LeNet-5 on Fashion-MNIST with PyTorch Lightning, version {__version__}
+
+usage: python -m lenet_pl COMMAND [--config FILE] [--trainer.* ...] [--model.* ...] [--data.* ...] [--ckpt_path PATH]
+
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+start here:      python -m lenet_pl fit --config configs/lenet.yaml
+all its options: python -m lenet_pl fit --help"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: The arguments, ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit code: 0 done, 1 failed at run time, 2 wrong use, 130 Ctrl-C, 143 SIGTERM.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if args[0] == "--version":
+        print(f"lenet_pl {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        later = [name for name in COMMANDS if name in args]
+        near = difflib.get_close_matches(args[0], COMMANDS, 1)
+        if args[0].startswith("-") and later:
+            hint = f"the command comes first: python -m lenet_pl {later[0]} {args[0]} ..."
+        elif near:
+            hint = f"did you mean {near[0]!r}?"
+        else:
+            hint = f"expected one of {', '.join(COMMANDS)}"
+        print(f"error: {args[0]!r} is no command; {hint}", file=sys.stderr)
+        return 2
+    from lenet_pl.cli import run
+
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

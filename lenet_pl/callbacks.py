@@ -1,0 +1,218 @@
+"""What a run leaves behind and prints: its folder, results.csv, epoch lines; and how it stops on a signal."""
+
+import csv
+import io
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import rich
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_summary import LayerSummary
+from rich.table import Column, Table
+
+from lenet_pl.checkpoint import write_atomic
+
+COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+
+
+class RunFolder(Callback):
+    """Keeps ``runs/<name>/version_N``: config.yaml, TensorBoard events, and a row of results.csv for each epoch.
+
+    Args:
+        parent: ``runs/<name>``; a new run gets the next free ``version_N`` in it.
+        config: The complete configuration, as YAML.
+        resumed: The folder of the run to go on with, if any.
+        step: The optimizer step it goes on from.
+        tensorboard: Whether to write TensorBoard events into the folder.
+    """
+
+    def __init__(
+        self, parent: Path, config: str, resumed: Path | None = None, step: int = 0, tensorboard: bool = True
+    ) -> None:
+        self.parent, self.config, self.resumed, self.step, self.tensorboard = parent, config, resumed, step, tensorboard
+        self.path = resumed or parent
+        self.started = 0.0
+        self.validated = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the folder when everything before the training has gone well."""
+        if stage != "fit":
+            return
+        if trainer.is_global_zero:
+            self.path = self.resumed or self._next_version()
+            write_atomic(self.path / "config.yaml", self.config.encode())
+        self.path = trainer.strategy.broadcast(self.path)
+        for callback in trainer.checkpoint_callbacks:
+            callback.dirpath = str(self.path / "checkpoints")  # type: ignore[attr-defined]
+        if self.tensorboard:  # made here, for the folder is not known before; events from ``step`` on are superseded
+            root, name, version = self.path.parts[:-2], self.path.parts[-2], self.path.parts[-1]
+            purge = {"purge_step": self.step} if self.resumed else {}
+            trainer.loggers = [TensorBoardLogger(Path(*root), name, version, default_hp_metric=False, **purge)]
+
+    def _next_version(self) -> Path:
+        taken = [int(p.name[8:]) for p in self.parent.glob("version_*") if p.name[8:].isdecimal()]
+        for version in range(max(taken, default=-1) + 1, 2**31):
+            path = self.parent / f"version_{version}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:  # another run was quicker
+                continue
+            return path
+        raise FileExistsError(str(self.parent))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drops what an interrupted run wrote after the checkpoint it goes on from."""
+        self.started = time.perf_counter()
+        if self.resumed and trainer.is_global_zero:
+            self._write([row for row in self.rows() if int(row["epoch"]) <= trainer.current_epoch])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the epoch's clock."""
+        self.started, self.validated = time.perf_counter(), False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that this epoch has validation metrics: Lightning shows those of an earlier one otherwise."""
+        self.validated = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the epoch's row and prints it.
+
+        Raises:
+            FloatingPointError: If the training diverged; the checkpoints of the epochs before it stay.
+        """
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        epoch, loss = trainer.current_epoch + 1, metrics["train_loss"]
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"train_loss={loss} in epoch {epoch}: the training diverged at lr {pl_module.hparams['lr']};"
+                " try a smaller --model.lr. Checkpoints of finished epochs are intact."
+            )
+        if not trainer.is_global_zero:
+            return
+        shown = [name for name in COLUMNS if self.validated or not name.startswith("val_")]
+        row: dict[str, Any] = {name: metrics[name] if name in shown and name in metrics else "" for name in COLUMNS}
+        row.update(epoch=epoch, step=trainer.global_step, lr=trainer.optimizers[0].param_groups[0]["lr"])
+        row["seconds"] = round(time.perf_counter() - self.started, 3)
+        self._write([*self.rows(), row])
+        print(epoch_line(row, trainer.max_epochs), flush=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the rows of results.csv, without one that a crash cut short."""
+        path = self.path / "results.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if row.get("seconds")]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.path / "results.csv", text.getvalue().encode())
+
+
+def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
+    """Formats a row of results.csv for people: accuracies in per cent."""
+    parts = [f"epoch {row['epoch']}/{max_epochs}"]
+    for name in COLUMNS[3:7]:
+        if row[name] != "":
+            parts.append(f"{name} {row[name]:.2%}" if name.endswith("acc") else f"{name} {row[name]:.4f}")
+    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+
+
+class Summary(Callback):
+    """Prints the net's layers with output shapes and parameters at the start, as the article does."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table."""
+        if not trainer.is_global_zero:
+            return
+        net = pl_module.net
+        layers = [LayerSummary(layer) for layer in (*net.features, *net.classifier)]  # type: ignore[misc, union-attr]
+        net.eval()(torch.zeros(1, 1, 28, 28, device=pl_module.device))  # type: ignore[operator]
+        net.train()
+        table = Table("layer", "output shape", Column("parameters", justify="right"))
+        for layer in layers:
+            table.add_row(layer.layer_type, str(["N", *layer.out_size[1:]]).replace("'", ""), f"{layer.num_parameters:,}")
+            layer.detach_hook()
+        table.add_section()
+        table.add_row("total", "", f"{sum(layer.num_parameters for layer in layers):,}")
+        rich.print(table)
+
+
+class EpochBar(RichProgressBar):
+    """An epoch's progress on a terminal, with the metrics so far; the finished epochs are lines above it."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Returns the metrics as text, accuracies in per cent."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {
+            name: f"{value:.2%}" if name.endswith("acc") else f"{value:.4f}"
+            for name, value in metrics.items()
+            if isinstance(value, float)
+        }
+
+
+class Stopped(Exception):  # noqa: N818: being stopped is no error
+    """A signal ended the training; the newest checkpoint is written.
+
+    Args:
+        signum: The signal's number.
+        path: That checkpoint, if any.
+    """
+
+    def __init__(self, signum: int, path: Path | None) -> None:
+        super().__init__(signum, path)
+        self.signum, self.path = signum, path
+
+
+class GracefulStop(Callback):
+    """Ends a training on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1, so that it can go on exactly where it was.
+
+    The block in flight is finished and ``last.ckpt`` written; after the last block of an epoch also the validation. A
+    second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals over from Lightning, which would lose the steps since the last epoch and exit with 0."""
+        for signum in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])):
+            signal.signal(signum, self._notice)
+
+    def _notice(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stops between two blocks of an epoch; after its last one, when that epoch's checkpoints are written."""
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._stop_if_asked(trainer, pl_module, save=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops between two epochs."""
+        self._stop_if_asked(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops after the last epoch."""
+        self._stop_if_asked(trainer, pl_module)
+
+    def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule, save: bool = False) -> None:
+        """Raises ``Stopped`` if any process was told to stop."""
+        if not trainer.strategy.reduce_boolean_decision(bool(self.signum), all=False):
+            return
+        folders = [c.dirpath for c in trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        last = Path(folders[0]) / "last.ckpt" if folders else None
+        if save and last and pl_module.metrics["train_loss"].compute().isfinite():  # type: ignore[index, union-attr]
+            trainer.save_checkpoint(last)
+        raise Stopped(self.signum or signal.SIGTERM, last)

@@ -1,0 +1,227 @@
+"""The command line: LightningCLI with run folders, checkpoint names, and errors of one to three lines."""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lenet_pl import checkpoint
+from lenet_pl.callbacks import EpochBar, GracefulStop, RunFolder, Stopped, Summary
+from lenet_pl.checkpoint import AtomicCheckpointIO, CheckpointError
+from lenet_pl.datamodule import FashionMNISTDataModule
+from lenet_pl.module import LitLeNet
+
+
+class UsageError(Exception):
+    """The command, a flag or a value is wrong: the process exits with 2."""
+
+
+class CLI(LightningCLI):
+    """LightningCLI whose commands work on a checkpoint alone, and whose ``fit`` ends with the test accuracy."""
+
+    def __init__(self, args: list[str]) -> None:
+        self.run_folder: RunFolder | None = None
+        self.checkpoint: dict[str, Any] = {}  # what --ckpt_path means, loaded
+        super().__init__(
+            LitLeNet,
+            FashionMNISTDataModule,
+            save_config_callback=None,  # RunFolder writes it
+            trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, **{c: {"exit_on_error": False} for c in self.subcommands()}},
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the commands, each with the arguments of its Trainer method that are not for the user."""
+        skip = {"model", "datamodule", "dataloaders", "verbose", "weights_only", "return_predictions"}
+        return {
+            "fit": skip - {"dataloaders", "verbose", "return_predictions"} | {"train_dataloaders", "val_dataloaders"},
+            "validate": skip - {"return_predictions"},
+            "test": skip - {"return_predictions"},
+            "predict": skip - {"verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``--name``."""
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Folder under runs/; the name of the config file by default."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; what a checkpoint says ranks below config files and flags."""
+        self.config = parser.parse_args(args)
+        command = self.config.subcommand
+        path = self.config[command].ckpt_path
+        if path is None and command != "fit":
+            path = "best"
+        if path is not None:
+            path = checkpoint.find(path)
+            try:
+                self.checkpoint = checkpoint.load(path)
+            except CheckpointError as error:
+                sound = checkpoint.newest_sound(path.parent.parent) if command == "fit" else None
+                if sound is None:
+                    raise
+                print(f"{error}\nGoing on from the newest sound checkpoint of the run instead.", file=sys.stderr)
+                path, self.checkpoint = sound, checkpoint.load(sound)
+            defaults = {f"model.{k}": v for k, v in self.checkpoint["hyper_parameters"].items()}
+            data = self.checkpoint.get("datamodule_hyper_parameters", {})
+            defaults |= {f"data.{k}": v for k, v in data.items() if k != "data_dir" or Path(v).is_dir()}
+            self._subcommand_parsers[command].set_defaults(defaults)
+            saved = path.parent.parent / "config.yaml"
+            run_config = ["--config", str(saved)] if command == "fit" and saved.is_file() else []
+            self.config = parser.parse_args([command, *run_config, *args[1:]])
+            self.config[command].ckpt_path = str(path)
+            print(f"checkpoint: {path}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: ``parse_arguments`` has used the checkpoint's settings, below the explicit ones."""
+
+    def instantiate_classes(self) -> None:
+        """Builds data, model and trainer; what they refuse is wrong use."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
+            raise UsageError(error) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the Trainer with the callbacks, logger and checkpoint plugin of the command."""
+        config = self.config_init[self.subcommand]
+        trainer = config.trainer
+        callbacks = trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        training = self.subcommand == "fit" and not trainer.fast_dev_run
+        tensorboard = training and trainer.logger in (None, True)
+        if training:
+            path = Path(config.ckpt_path) if config.ckpt_path else None
+            folder = path.parent.parent if path and (path.parent.parent / "config.yaml").is_file() else None
+            parent = Path(trainer.default_root_dir or ".") / "runs" / self._name()
+            step = self.checkpoint.get("global_step", 0)
+            self.run_folder = RunFolder(parent, self._saved_config(), folder, step, tensorboard)
+            callbacks += [self.run_folder, GracefulStop()]
+            if trainer.enable_checkpointing is not False:
+                options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+                if self.datamodule.val_size and trainer.limit_val_batches != 0:
+                    callbacks.append(ModelCheckpoint(filename="best", monitor="val_acc", mode="max", **options))
+                callbacks.append(ModelCheckpoint(filename="last", **options))
+        if trainer.enable_progress_bar is not False and sys.stdout.isatty():
+            callbacks.append(EpochBar())
+        elif trainer.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = False
+        if self.subcommand == "fit" and trainer.enable_model_summary is not False:
+            callbacks.append(Summary())
+        plugins = trainer.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        kwargs["callbacks"] = callbacks
+        kwargs["enable_model_summary"] = False
+        if trainer.logger in (None, True):
+            kwargs["logger"] = False  # RunFolder adds TensorBoard when the folder is known
+        return super().instantiate_trainer(**kwargs)
+
+    def _name(self) -> str:
+        """Returns the recipe's name: ``--name``, the last config file's, or ``lenet``."""
+        config = self.config[self.subcommand]
+        files = [str(f) for f in config.get("config") or []]
+        name = config.name or (Path(files[-1]).stem if files else "lenet")
+        if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+            raise ValueError(f"name={name!r}: expected letters, digits, '-', '_', '.' or '+', to name a folder with")
+        return name
+
+    def _saved_config(self) -> str:
+        """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
+        config = self.config[self.subcommand].clone()
+        config.name, config.ckpt_path = self._name(), None
+        config.pop("config", None)
+        text: str = self._parser(self.subcommand).dump(config, skip_none=False)
+        return text
+
+    def fit(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str | None) -> None:
+        """Trains, then scores the best checkpoint on the test set."""
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        if self.run_folder is None or not self.trainer.checkpoint_callbacks:
+            return
+        files = [self.run_folder.path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+        path = next(f for f in files if f.exists())
+        self.test(model, datamodule, str(path))
+        if self.trainer.is_global_zero:
+            print(f"run folder: {self.run_folder.path}\nnext: python -m lenet_pl test --ckpt_path {path}")
+
+    def validate(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
+        """Scores a checkpoint on the validation images."""
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        print(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
+
+    def test(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
+        """Scores a checkpoint on the test images and writes test.json."""
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        path = Path(ckpt_path)
+        folder = path.parent.parent if (path.parent.parent / "config.yaml").is_file() else path.parent
+        result = {
+            "test_acc": metrics["test_acc"],
+            "test_loss": metrics["test_loss"],
+            "n": model.images_tested,
+            "ckpt_path": str(path),
+            "seed": self.config[self.subcommand].seed_everything,
+        }
+        if self.trainer.is_global_zero:
+            checkpoint.write_atomic(folder / "test.json", (json.dumps(result, indent=2) + "\n").encode())
+            print(f"Test accuracy: {metrics['test_acc']:.2%}  (loss {metrics['test_loss']:.4f}, {result['n']} images)")
+
+
+def run(args: list[str]) -> int:
+    """Runs one command; returns its exit code (0, 1, 2, 130 or 143)."""
+    quiet()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        CLI(args)
+    except Stopped as stop:
+        name = "Ctrl-C" if stop.signum == signal.SIGINT else signal.Signals(stop.signum).name
+        remedy = f"; go on with: python -m lenet_pl fit --ckpt_path {stop.path}" if stop.path else ""
+        print(f"stopped by {name}{remedy}", file=sys.stderr)
+        return 130 if stop.signum == signal.SIGINT else 143
+    except SystemExit as leave:  # --help, SIGTERM, and Lightning's own answer to Ctrl-C
+        return 130 if isinstance(leave.__context__, KeyboardInterrupt) else int(leave.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except (UsageError, CheckpointError, argparse.ArgumentError) as error:
+        return fail(error, 2)
+    except Exception as error:
+        return fail(error, 1)
+    return 0
+
+
+def fail(error: Exception, code: int) -> int:
+    """Prints what was wrong in one to three lines, or the traceback under LENET_PL_DEBUG=1."""
+    if os.environ.get("LENET_PL_DEBUG") == "1":
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def quiet() -> None:
+    """Silences notes about Lightning's own code, advertisement, and hints that do not hold for data in memory."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*LeafSpec.* is deprecated", ".*does not have many workers"):
+        warnings.filterwarnings("ignore", message=message)

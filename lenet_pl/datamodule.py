@@ -1,0 +1,259 @@
+"""Fashion-MNIST in memory: the split, the order of an epoch, normalised and augmented blocks of mini-batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from lenet_pl import download
+
+Batch = tuple[Tensor, Tensor]  # images [N, 1, 28, 28] float32, labels [N] int64
+
+# Validation, test and prediction need no small batches; a fixed size makes their sums repeatable to the digit.
+EVAL_BATCH_SIZE = 1000
+
+
+class FashionMNIST(torchvision.datasets.FashionMNIST):
+    """torchvision's reader, which must not prefer an unverified ``processed/`` folder over the verified files."""
+
+    def _check_legacy_exist(self) -> bool:
+        return False
+
+
+def generator(*key: int) -> torch.Generator:
+    """Returns a CPU generator whose stream follows from ``key`` alone, such as (seed, epoch)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def normalise(images: Tensor, mean: float, std: float) -> Tensor:
+    """Scales uint8 pixels to 0..1 and standardises them, bit-equal to torchvision's ToTensor and Normalize."""
+    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def shift(images: Tensor, offsets: Tensor) -> Tensor:
+    """Moves each image by its own offset and fills the uncovered border with black.
+
+    Args:
+        images: uint8 images, ``[N, 1, 28, 28]``.
+        offsets: Rows down and columns right, ``[N, 2]``, int64.
+    """
+    side = images.shape[-1]
+    source = torch.arange(side, device=images.device) - offsets.unsqueeze(-1)  # [N, 2, 28]
+    inside = (source >= 0) & (source < side)
+    rows, columns = source.clamp(0, side - 1).unbind(1)  # [N, 28] each
+    moved = images[torch.arange(len(images), device=images.device)[:, None, None], 0, rows[:, :, None], columns[:, None]]
+    return (moved * (inside[:, 0, :, None] & inside[:, 1, None])).unsqueeze(1)
+
+
+class Loader:
+    """Iterates over one epoch of in-memory images.
+
+    Yields ``(images, labels)`` mini-batches, or lists of up to ``block`` of them when ``block`` is more than one.
+    The order and the augmentation belong to an image's place in the epoch, so they depend on neither ``block`` nor
+    the number of processes: the mini-batches of all ranks together are those of one process with the same global batch.
+    """
+
+    def __init__(self, data: "FashionMNISTDataModule", images: Tensor, labels: Tensor, train: bool = False) -> None:
+        trainer = data.trainer
+        self.rank, self.world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        # 47 MB fit on nearly every device; where they do not, each block travels by itself
+        fits = device.type != "cuda" or 4 * images.numel() < torch.cuda.mem_get_info(device)[0]
+        self.images, self.labels = (t.to(device) if fits else t for t in (images, labels))
+        self.data, self.train = data, train
+        self.shuffle = train and not (trainer and trainer.overfit_batches)
+        self.batch_size = data.batch_size if train else EVAL_BATCH_SIZE
+        self.block = data.block if train else 1
+        self.epoch = 0
+        if self.shuffle:
+            self.sampler = self  # whose set_epoch Lightning calls before each epoch, by torch's convention
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch (0, 1, …) whose order and augmentation the next iteration uses."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Counts the blocks of an epoch on this rank."""
+        return -(-self._share() // (self.batch_size * self.block))
+
+    def _share(self) -> int:
+        """Counts this rank's images: padded to equal shares in training, exact in evaluation."""
+        spare = self.world - 1 if self.train else self.world - 1 - self.rank
+        return (len(self.labels) + spare) // self.world
+
+    def __iter__(self) -> Iterator[Batch | list[Batch]]:
+        data, n = self.data, len(self.labels)
+        draw = generator(data.seed, self.epoch)
+        order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
+        flips = torch.rand(n, generator=draw) < 0.5
+        offsets = torch.randint(-data.shift, data.shift + 1, (n, 2), generator=draw)
+        place = torch.arange(self.rank, self._share() * self.world, self.world) % n
+        order, flips, offsets = (t[place].to(self.images.device) for t in (order, flips, offsets))
+        size = self.batch_size * self.block
+        first, data.resume_at = data.resume_at if self.train else 0, 0
+        for start in range(first * size, len(place), size):
+            piece = slice(start, start + size)
+            images, labels = self.images[order[piece]], self.labels[order[piece]]
+            if self.train and data.flip:
+                images = torch.where(flips[piece, None, None, None], images.flip(-1), images)
+            if self.train and data.shift:
+                images = shift(images, offsets[piece])
+            images = normalise(images, data.mean, data.std)
+            batches = list(zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True))
+            yield batches if self.block > 1 else batches[0]
+
+    # Lightning takes a loader with these two for one that can resume in mid-epoch. Ours can, but keeps no state of
+    # its own: the datamodule's state says where to go on.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads nothing."""
+
+
+class FashionMNISTDataModule(LightningDataModule):
+    """Fashion-MNIST: 60,000 training and 10,000 test images of 28×28 grey pixels, ten classes.
+
+    The images stay uint8 in memory, on the device when they fit, and are indexed, augmented and normalised a block of
+    mini-batches at a time.
+
+    Args:
+        data_dir: Folder that holds, or gets, ``FashionMNIST/raw`` with the four files.
+        batch_size: Images per optimizer step and process, at least 1.
+        val_size: Training images held out for validation, 0 to 59,999. 0 trains on all and validates on none.
+        split_seed: Seed of the training/validation split, separate from the training seed.
+        steps_per_execution: Optimizer steps that one Lightning training step runs, at least 1. The result is the same
+            to the bit, only the time around the steps shrinks. 1 is Lightning's automatic optimization, which also
+            takes over when a Trainer option counts batches or touches single steps (``limit_train_batches``,
+            ``max_steps``, ``gradient_clip_val``, ``accumulate_grad_batches`` …).
+        mean: Pixel mean subtracted after scaling to 0..1 (0.2860 is the training set's).
+        std: Pixel standard deviation divided by (0.3530 is the training set's).
+        flip: Whether to mirror each training image left-right with probability one half.
+        shift: Largest random shift of a training image in pixels, 0 to 27, drawn per image and axis.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 32,
+        val_size: int = 5000,
+        split_seed: int = 0,
+        steps_per_execution: int = 50,
+        mean: float = 0.2860,
+        std: float = 0.3530,
+        flip: bool = False,
+        shift: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, low, high in (
+            ("batch_size", batch_size, 1, 60_000),
+            ("val_size", val_size, 0, 59_999),
+            ("split_seed", split_seed, 0, 2**63 - 1),
+            ("steps_per_execution", steps_per_execution, 1, 60_000),
+            ("shift", shift, 0, 27),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"data.{name}={value}: expected an integer from {low} to {high}")
+        if not std > 0:
+            raise ValueError(f"data.std={std}: expected a number above 0, such as 0.353")
+        self.save_hyperparameters()
+        self.data_dir, self.batch_size, self.val_size, self.split_seed = data_dir, batch_size, val_size, split_seed
+        self.mean, self.std, self.flip, self.shift = mean, std, flip, shift
+        self.block = steps_per_execution
+        self.seed = 0  # the training seed, known when training starts
+        self.resume_at = 0  # blocks of the current epoch that a resumed run has behind it
+        self.train_set: Batch | None = None  # uint8 images and labels, like the next two
+        self.val_set: Batch | None = None
+        self.test_set: Batch | None = None
+
+    def prepare_data(self) -> None:
+        """Puts the verified files in place; raises ``download.DataError`` where that fails."""
+        download.ensure(self.data_dir)
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs: training and validation images, or the test images."""
+        if stage in ("fit", "validate") and self.train_set is None:
+            images, labels = self._read(train=True)
+            if self.val_size >= len(labels):
+                raise ValueError(f"data.val_size={self.val_size}: expected less than the {len(labels)} training images")
+            order = torch.randperm(len(labels), generator=generator(self.split_seed))
+            train, val = order[self.val_size :], order[: self.val_size]
+            self.train_set, self.val_set = (images[train], labels[train]), (images[val], labels[val])
+        if stage in ("test", "predict") and self.test_set is None:
+            self.test_set = self._read(train=False)
+        if stage == "fit":
+            self.seed = torch.initial_seed() % 2**63
+            self.block = self._block_size()
+
+    def _read(self, train: bool) -> Batch:
+        data = FashionMNIST(self.data_dir, train=train)
+        return data.data.unsqueeze(1), data.targets
+
+    def _block_size(self) -> int:
+        """Returns ``steps_per_execution``, or 1 where a Trainer option needs Lightning's own view of each step."""
+        trainer = self.trainer
+        assert trainer is not None
+        single = (
+            trainer.max_steps != -1
+            or trainer.limit_train_batches != 1.0
+            or trainer.val_check_interval != 1.0
+            or trainer.overfit_batches
+            or trainer.fast_dev_run
+            or trainer.gradient_clip_val is not None
+            or trainer.accumulate_grad_batches != 1
+            or trainer.precision == "16-mixed"  # its loss scaler watches each step
+            or type(trainer.strategy).__name__ not in ("SingleDeviceStrategy", "DDPStrategy")
+        )
+        return 1 if single else self.hparams["steps_per_execution"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a training epoch, the last on fewer images where the division leaves a rest."""
+        assert self.train_set is not None
+        world = self.trainer.world_size if self.trainer else 1
+        return -(-len(self.train_set[1]) // (self.batch_size * world))
+
+    def train_dataloader(self) -> Loader:
+        """Returns blocks of shuffled, augmented mini-batches."""
+        assert self.train_set is not None
+        return Loader(self, *self.train_set, train=True)
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Returns the validation batches, none for ``val_size=0``."""
+        assert self.val_set is not None
+        return Loader(self, *self.val_set) if self.val_size else []
+
+    def test_dataloader(self) -> Loader:
+        """Returns the test batches: every image once, over all processes together."""
+        assert self.test_set is not None
+        return Loader(self, *self.test_set)
+
+    predict_dataloader = test_dataloader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how far the current epoch is, in blocks of the size in use."""
+        trainer = self.trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress if trainer else None
+        mid_epoch = progress is not None and not progress.is_last_batch
+        return {"block": self.block, "blocks_done": progress.current.ready if progress and mid_epoch else 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the first epoch of a resumed run go on where the checkpoint was written.
+
+        Raises:
+            ValueError: If that is in mid-epoch and the block size has changed.
+        """
+        self.resume_at = state["blocks_done"]
+        if self.resume_at and state["block"] != self.block:
+            raise ValueError(
+                f"data.steps_per_execution={self.block}: the checkpoint stopped in mid-epoch with {state['block']};"
+                f" resume with --data.steps_per_execution {state['block']}"
+            )

@@ -1,0 +1,60 @@
+"""The network: the article's LeNet-5 and the 1998 original, in plain torch."""
+
+from torch import Tensor, nn
+
+
+class LeNet5(nn.Module):
+    """LeNet-5: two convolutions, two average pools, three linear layers.
+
+    The ``article`` variant pads the second convolution and uses ReLU (107,786 parameters); ``classic`` keeps the
+    unpadded second convolution and the tanh of LeCun, Bottou, Bengio and Haffner, "Gradient-Based Learning Applied
+    to Document Recognition" (1998), section II.B (61,706 parameters). Two simplifications of that paper are
+    customary and kept: the second convolution sees all six maps, and the output is a plain linear layer.
+
+    Args:
+        variant: ``"article"`` or ``"classic"``.
+        dropout: Probability of zeroing an activation after each of the two hidden linear layers, 0 ≤ p < 1.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, variant: str = "article", dropout: float = 0.0) -> None:
+        super().__init__()
+        if variant not in ("article", "classic"):
+            raise ValueError(f"variant={variant!r}: expected 'article' or 'classic'")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: expected a probability from 0 to below 1, such as 0.1")
+        article = variant == "article"
+        activation = nn.ReLU if article else nn.Tanh
+        side = 7 if article else 5
+        self.features = nn.Sequential(  # [N, 1, 28, 28]
+            nn.Conv2d(1, 6, 5, padding=2),  # [N, 6, 28, 28]
+            activation(),
+            nn.AvgPool2d(2),  # [N, 6, 14, 14]
+            nn.Conv2d(6, 16, 5, padding=2 if article else 0),  # [N, 16, 14, 14]; classic [N, 16, 10, 10]
+            activation(),
+            nn.AvgPool2d(2),  # [N, 16, 7, 7]; classic [N, 16, 5, 5]
+            nn.Flatten(),  # [N, 784]; classic [N, 400]
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(16 * side * side, 120),  # [N, 120]
+            activation(),
+            nn.Dropout(dropout),
+            nn.Linear(120, 84),  # [N, 84]
+            activation(),
+            nn.Dropout(dropout),
+            nn.Linear(84, 10),  # [N, 10]
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classifies normalised images.
+
+        Args:
+            images: Float images, ``[N, 1, 28, 28]``.
+
+        Returns:
+            Logits, ``[N, 10]``.
+        """
+        logits: Tensor = self.classifier(self.features(images))
+        return logits
