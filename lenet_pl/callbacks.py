@@ -11,10 +11,10 @@ from typing import Any
 
 import rich
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.model_summary import LayerSummary
+from lightning.pytorch.utilities.model_summary.model_summary import LayerSummary
 from rich.table import Column, Table
 
 from lenet_pl.checkpoint import write_atomic
@@ -41,7 +41,7 @@ class RunFolder(Callback):
         self.started = 0.0
         self.validated = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Makes the folder when everything before the training has gone well."""
         if stage != "fit":
             return
@@ -50,11 +50,11 @@ class RunFolder(Callback):
             write_atomic(self.path / "config.yaml", self.config.encode())
         self.path = trainer.strategy.broadcast(self.path)
         for callback in trainer.checkpoint_callbacks:
-            callback.dirpath = str(self.path / "checkpoints")  # type: ignore[attr-defined]
+            callback.dirpath = str((self.path / "checkpoints").resolve())  # type: ignore[attr-defined]
         if self.tensorboard:  # made here, for the folder is not known before; events from ``step`` on are superseded
             root, name, version = self.path.parts[:-2], self.path.parts[-2], self.path.parts[-1]
-            purge = {"purge_step": self.step} if self.resumed else {}
-            trainer.loggers = [TensorBoardLogger(Path(*root), name, version, default_hp_metric=False, **purge)]
+            options: dict[str, Any] = {"purge_step": self.step} if self.resumed else {}
+            trainer.loggers = [TensorBoardLogger(Path(*root), name, version, default_hp_metric=False, **options)]
 
     def _next_version(self) -> Path:
         taken = [int(p.name[8:]) for p in self.parent.glob("version_*") if p.name[8:].isdecimal()]
@@ -67,27 +67,35 @@ class RunFolder(Callback):
             return path
         raise FileExistsError(str(self.parent))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Lets ModelCheckpoint remember the best score although the run folder may have been moved."""
+        folder = (self.path / "checkpoints").resolve()
+        for state in checkpoint["callbacks"].values():
+            if "best_model_path" in state:
+                state["dirpath"] = str(folder)
+                state["best_model_path"] = str(folder / Path(state["best_model_path"]).name)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Drops what an interrupted run wrote after the checkpoint it goes on from."""
         self.started = time.perf_counter()
         if self.resumed and trainer.is_global_zero:
             self._write([row for row in self.rows() if int(row["epoch"]) <= trainer.current_epoch])
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the epoch's clock."""
         self.started, self.validated = time.perf_counter(), False
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Notes that this epoch has validation metrics: Lightning shows those of an earlier one otherwise."""
         self.validated = True
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the epoch's row and prints it.
 
         Raises:
             FloatingPointError: If the training diverged; the checkpoints of the epochs before it stay.
         """
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
         epoch, loss = trainer.current_epoch + 1, metrics["train_loss"]
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -128,20 +136,31 @@ def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps ``best.ckpt``, the epoch with the highest ``val_acc``, the earlier one on a tie."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves if that was the best epoch; one that ``max_steps`` cut short has no validation to go by."""
+        if "val_acc" in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 class Summary(Callback):
     """Prints the net's layers with output shapes and parameters at the start, as the article does."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Prints the table."""
         if not trainer.is_global_zero:
             return
         net = pl_module.net
-        layers = [LayerSummary(layer) for layer in (*net.features, *net.classifier)]  # type: ignore[misc, union-attr]
-        net.eval()(torch.zeros(1, 1, 28, 28, device=pl_module.device))  # type: ignore[operator]
+        layers = [LayerSummary(layer) for layer in (*net.features, *net.classifier)]
+        net.eval()(torch.zeros(1, 1, 28, 28, device=pl_module.device))
         net.train()
         table = Table("layer", "output shape", Column("parameters", justify="right"))
         for layer in layers:
-            table.add_row(layer.layer_type, str(["N", *layer.out_size[1:]]).replace("'", ""), f"{layer.num_parameters:,}")
+            table.add_row(
+                layer.layer_type, str(["N", *layer.out_size[1:]]).replace("'", ""), f"{layer.num_parameters:,}"
+            )
             layer.detach_hook()
         table.add_section()
         table.add_row("total", "", f"{sum(layer.num_parameters for layer in layers):,}")
@@ -151,7 +170,7 @@ class Summary(Callback):
 class EpochBar(RichProgressBar):
     """An epoch's progress on a terminal, with the metrics so far; the finished epochs are lines above it."""
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """Returns the metrics as text, accuracies in per cent."""
         metrics = super().get_metrics(trainer, pl_module)
         return {
@@ -161,7 +180,7 @@ class EpochBar(RichProgressBar):
         }
 
 
-class Stopped(Exception):  # noqa: N818: being stopped is no error
+class Stopped(Exception):  # noqa: N818 (being stopped is no error)
     """A signal ended the training; the newest checkpoint is written.
 
     Args:
@@ -184,7 +203,7 @@ class GracefulStop(Callback):
     def __init__(self) -> None:
         self.signum = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Takes the signals over from Lightning, which would lose the steps since the last epoch and exit with 0."""
         for signum in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])):
             signal.signal(signum, self._notice)
@@ -194,25 +213,25 @@ class GracefulStop(Callback):
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_DFL)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Stops between two blocks of an epoch; after its last one, when that epoch's checkpoints are written."""
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._stop_if_asked(trainer, pl_module, save=True)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops between two epochs."""
         self._stop_if_asked(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops after the last epoch."""
         self._stop_if_asked(trainer, pl_module)
 
-    def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule, save: bool = False) -> None:
+    def _stop_if_asked(self, trainer: Trainer, pl_module: Any, save: bool = False) -> None:
         """Raises ``Stopped`` if any process was told to stop."""
         if not trainer.strategy.reduce_boolean_decision(bool(self.signum), all=False):
             return
         folders = [c.dirpath for c in trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
         last = Path(folders[0]) / "last.ckpt" if folders else None
-        if save and last and pl_module.metrics["train_loss"].compute().isfinite():  # type: ignore[index, union-attr]
+        if save and last and pl_module.metrics["train_loss"].compute().isfinite():
             trainer.save_checkpoint(last)
         raise Stopped(self.signum or signal.SIGTERM, last)

@@ -1,35 +1,30 @@
 """The command line: LightningCLI with run folders, checkpoint names, and errors of one to three lines."""
 
 import argparse
-import difflib
 import json
-import logging
 import os
 import re
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
-import torch
-import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import checkpoint
-from lenet_pl.callbacks import EpochBar, GracefulStop, RunFolder, Stopped, Summary
+from lenet_pl.callbacks import BestCheckpoint, EpochBar, GracefulStop, RunFolder, Stopped, Summary
 from lenet_pl.checkpoint import AtomicCheckpointIO, CheckpointError
 from lenet_pl.datamodule import FashionMNISTDataModule
+from lenet_pl.errors import UsageError, explain, fail, quiet
 from lenet_pl.module import LitLeNet
 
-
-class UsageError(Exception):
-    """The command, a flag or a value is wrong: the process exits with 2."""
+say = rank_zero_only(print)
 
 
 class CLI(LightningCLI):
@@ -69,30 +64,43 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; what a checkpoint says ranks below config files and flags."""
-        self.config = parser.parse_args(args)
-        command = self.config.subcommand
-        path = self.config[command].ckpt_path
-        if path is None and command != "fit":
-            path = "best"
-        if path is not None:
-            path = checkpoint.find(path)
-            try:
-                self.checkpoint = checkpoint.load(path)
-            except CheckpointError as error:
-                sound = checkpoint.newest_sound(path.parent.parent) if command == "fit" else None
-                if sound is None:
-                    raise
-                print(f"{error}\nGoing on from the newest sound checkpoint of the run instead.", file=sys.stderr)
-                path, self.checkpoint = sound, checkpoint.load(sound)
-            defaults = {f"model.{k}": v for k, v in self.checkpoint["hyper_parameters"].items()}
-            data = self.checkpoint.get("datamodule_hyper_parameters", {})
-            defaults |= {f"data.{k}": v for k, v in data.items() if k != "data_dir" or Path(v).is_dir()}
-            self._subcommand_parsers[command].set_defaults(defaults)
-            saved = path.parent.parent / "config.yaml"
-            run_config = ["--config", str(saved)] if command == "fit" and saved.is_file() else []
-            self.config = parser.parse_args([command, *run_config, *args[1:]])
-            self.config[command].ckpt_path = str(path)
-            print(f"checkpoint: {path}")
+        command = args[0]
+        try:
+            self.config = parser.parse_args(args)
+            if path := self._checkpoint_path(command):
+                folder = checkpoint.run_folder(path) if command == "fit" else None
+                run_config = ["--config", str(folder / "config.yaml")] if folder else []
+                self.config = parser.parse_args([command, *run_config, *args[1:]])
+                self.config[command].ckpt_path = str(path)
+                say(f"checkpoint: {path}")
+        except (argparse.ArgumentError, TypeError, KeyError) as error:
+            known = self._subcommand_parsers[command]._option_string_actions
+            raise UsageError(explain(str(error), command, known)) from error
+
+    def _checkpoint_path(self, command: str) -> Path | None:
+        """Finds and loads the checkpoint and makes its settings the defaults; every command but ``fit`` needs one."""
+        name = self.config[command].ckpt_path
+        if name is None and command == "fit":
+            return None
+        path = checkpoint.find(name or "best", self._runs())
+        try:
+            self.checkpoint = checkpoint.load(path)
+        except CheckpointError as error:
+            folder = checkpoint.run_folder(path)
+            sound = checkpoint.newest_sound(folder) if folder and command == "fit" else None
+            if sound is None:
+                raise
+            print(f"{str(error).splitlines()[0]}\nGoing on from {sound} instead.", file=sys.stderr)
+            path, self.checkpoint = sound, checkpoint.load(sound)
+        defaults = {f"model.{key}": value for key, value in self.checkpoint["hyper_parameters"].items()}
+        for key, value in self.checkpoint.get("datamodule_hyper_parameters", {}).items():
+            if key != "data_dir" or Path(value).is_dir():
+                defaults[f"data.{key}"] = value
+        try:
+            self._subcommand_parsers[command].set_defaults({**defaults, "seed_everything": self.checkpoint["seed"]})
+        except KeyError as error:
+            raise CheckpointError(f"Checkpoint {str(path)!r} is not one of lenet_pl: {error}") from error
+        return path
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: ``parse_arguments`` has used the checkpoint's settings, below the explicit ones."""
@@ -113,17 +121,17 @@ class CLI(LightningCLI):
         training = self.subcommand == "fit" and not trainer.fast_dev_run
         tensorboard = training and trainer.logger in (None, True)
         if training:
-            path = Path(config.ckpt_path) if config.ckpt_path else None
-            folder = path.parent.parent if path and (path.parent.parent / "config.yaml").is_file() else None
-            parent = Path(trainer.default_root_dir or ".") / "runs" / self._name()
+            folder = checkpoint.run_folder(Path(config.ckpt_path)) if config.ckpt_path else None
             step = self.checkpoint.get("global_step", 0)
-            self.run_folder = RunFolder(parent, self._saved_config(), folder, step, tensorboard)
+            self.run_folder = RunFolder(self._runs() / self._name(), self._saved_config(), folder, step, tensorboard)
             callbacks += [self.run_folder, GracefulStop()]
             if trainer.enable_checkpointing is not False:
                 options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
                 if self.datamodule.val_size and trainer.limit_val_batches != 0:
-                    callbacks.append(ModelCheckpoint(filename="best", monitor="val_acc", mode="max", **options))
+                    callbacks.append(BestCheckpoint(filename="best", monitor="val_acc", mode="max", **options))
                 callbacks.append(ModelCheckpoint(filename="last", **options))
+        if not training:
+            kwargs["enable_checkpointing"] = False
         if trainer.enable_progress_bar is not False and sys.stdout.isatty():
             callbacks.append(EpochBar())
         elif trainer.enable_progress_bar is None:
@@ -137,6 +145,10 @@ class CLI(LightningCLI):
         if trainer.logger in (None, True):
             kwargs["logger"] = False  # RunFolder adds TensorBoard when the folder is known
         return super().instantiate_trainer(**kwargs)
+
+    def _runs(self) -> Path:
+        """Returns the folder of all runs."""
+        return Path(self.config[self.config.subcommand].trainer.default_root_dir or ".") / "runs"
 
     def _name(self) -> str:
         """Returns the recipe's name: ``--name``, the last config file's, or ``lenet``."""
@@ -163,21 +175,20 @@ class CLI(LightningCLI):
         files = [self.run_folder.path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
         path = next(f for f in files if f.exists())
         self.test(model, datamodule, str(path))
-        if self.trainer.is_global_zero:
-            print(f"run folder: {self.run_folder.path}\nnext: python -m lenet_pl test --ckpt_path {path}")
+        say(f"run folder: {self.run_folder.path}\nnext: python -m lenet_pl test --ckpt_path {path}")
 
     def validate(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Scores a checkpoint on the validation images."""
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        print(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
+        metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
+        say(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
 
     def test(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Scores a checkpoint on the test images and writes test.json."""
         self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
         path = Path(ckpt_path)
-        folder = path.parent.parent if (path.parent.parent / "config.yaml").is_file() else path.parent
+        folder = checkpoint.run_folder(path) or path.parent
         result = {
             "test_acc": metrics["test_acc"],
             "test_loss": metrics["test_loss"],
@@ -193,7 +204,7 @@ class CLI(LightningCLI):
 def run(args: list[str]) -> int:
     """Runs one command; returns its exit code (0, 1, 2, 130 or 143)."""
     quiet()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         CLI(args)
     except Stopped as stop:
@@ -205,23 +216,10 @@ def run(args: list[str]) -> int:
         return 130 if isinstance(leave.__context__, KeyboardInterrupt) else int(leave.code or 0)
     except KeyboardInterrupt:
         return 130
-    except (UsageError, CheckpointError, argparse.ArgumentError) as error:
+    except (UsageError, CheckpointError) as error:
         return fail(error, 2)
     except Exception as error:
         return fail(error, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
-
-
-def fail(error: Exception, code: int) -> int:
-    """Prints what was wrong in one to three lines, or the traceback under LENET_PL_DEBUG=1."""
-    if os.environ.get("LENET_PL_DEBUG") == "1":
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-    return code
-
-
-def quiet() -> None:
-    """Silences notes about Lightning's own code, advertisement, and hints that do not hold for data in memory."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*LeafSpec.* is deprecated", ".*does not have many workers"):
-        warnings.filterwarnings("ignore", message=message)

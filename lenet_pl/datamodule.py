@@ -45,7 +45,8 @@ def shift(images: Tensor, offsets: Tensor) -> Tensor:
     source = torch.arange(side, device=images.device) - offsets.unsqueeze(-1)  # [N, 2, 28]
     inside = (source >= 0) & (source < side)
     rows, columns = source.clamp(0, side - 1).unbind(1)  # [N, 28] each
-    moved = images[torch.arange(len(images), device=images.device)[:, None, None], 0, rows[:, :, None], columns[:, None]]
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images[image, 0, rows[:, :, None], columns[:, None]]  # [N, 28, 28]
     return (moved * (inside[:, 0, :, None] & inside[:, 1, None])).unsqueeze(1)
 
 
@@ -65,7 +66,7 @@ class Loader:
         fits = device.type != "cuda" or 4 * images.numel() < torch.cuda.mem_get_info(device)[0]
         self.images, self.labels = (t.to(device) if fits else t for t in (images, labels))
         self.data, self.train = data, train
-        self.shuffle = train and not (trainer and trainer.overfit_batches)
+        self.shuffle = train and not (trainer and trainer.overfit_batches)  # type: ignore[attr-defined]
         self.batch_size = data.batch_size if train else EVAL_BATCH_SIZE
         self.block = data.block if train else 1
         self.epoch = 0
@@ -205,8 +206,8 @@ class FashionMNISTDataModule(LightningDataModule):
             trainer.max_steps != -1
             or trainer.limit_train_batches != 1.0
             or trainer.val_check_interval != 1.0
-            or trainer.overfit_batches
-            or trainer.fast_dev_run
+            or trainer.overfit_batches  # type: ignore[attr-defined]
+            or trainer.fast_dev_run  # type: ignore[attr-defined]
             or trainer.gradient_clip_val is not None
             or trainer.accumulate_grad_batches != 1
             or trainer.precision == "16-mixed"  # its loss scaler watches each step

@@ -71,7 +71,7 @@ class LitLeNet(LightningModule):
         self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         if self.average is not None:
             self.average.requires_grad_(False)
-        self.metrics = nn.ModuleDict()
+        self.metrics: Any = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")
             self.metrics[f"{stage}_acc"] = MulticlassAccuracy(10, average="micro", validate_args=False)
@@ -97,7 +97,7 @@ class LitLeNet(LightningModule):
     def setup(self, stage: str) -> None:
         """Chooses between Lightning's automatic optimization and blocks of optimizer steps."""
         if stage == "fit":
-            self.block = getattr(self.trainer.datamodule, "block", 1)
+            self.block = getattr(self.trainer.datamodule, "block", 1)  # type: ignore[attr-defined]
             self.automatic_optimization = self.block == 1
             self.seed = torch.initial_seed() % 2**63
             if self.hparams["compile"]:
@@ -176,10 +176,9 @@ class LitLeNet(LightningModule):
 
     def _log(self, stage: str, logits: Tensor, loss: Tensor, labels: Tensor, sizes: Tensor | None = None) -> None:
         """Adds mini-batches to the epoch's metrics; ``sizes`` are their numbers of images, where there are several."""
-        names = f"{stage}_loss", f"{stage}_acc"
-        self.metrics[names[0]].update(loss, len(labels) if sizes is None else sizes)
-        self.metrics[names[1]].update(logits, labels)
-        metrics = {name: self.metrics[name] for name in names}
+        metrics: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_acc")}
+        metrics[f"{stage}_loss"].update(loss, len(labels) if sizes is None else sizes)
+        metrics[f"{stage}_acc"].update(logits, labels)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
@@ -212,7 +211,8 @@ class LitLeNet(LightningModule):
         return probabilities
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the running training metrics, which a run that stops in mid-epoch goes on with."""
+        """Adds the seed and the running training metrics, which a run that stops in mid-epoch goes on with."""
+        checkpoint["seed"] = self.seed
         if self._trainer is not None and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             checkpoint["train_metrics"] = {}
             for name in ("train_loss", "train_acc"):
@@ -229,7 +229,9 @@ class LitLeNet(LightningModule):
         old = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         for name, kind in (("variant", str), ("schedule", str), ("ema_decay", bool)):
             if kind(old[name]) != kind(self.hparams[name]):
-                raise CheckpointError(f"model.{name}={self.hparams[name]!r}: the checkpoint has {old[name]!r}; drop the flag")
+                raise CheckpointError(
+                    f"model.{name}={self.hparams[name]!r}: the checkpoint has {old[name]!r}; leave that setting out"
+                )
         for name, state in checkpoint.get("train_metrics", {}).items() if self.global_rank == 0 else ():
             for key, value in state.items():
                 setattr(self.metrics[name], key, value)

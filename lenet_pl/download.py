@@ -1,0 +1,220 @@
+"""Where the four Fashion-MNIST files come from; SHA-256 is the only judge."""
+
+import gzip
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from http.client import HTTPException
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+# Name: SHA-256 and size of the raw content in bytes.
+FILES = {
+    "train-images-idx3-ubyte": ("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", 47040016),
+    "train-labels-idx1-ubyte": ("bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9", 60008),
+    "t10k-images-idx3-ubyte": ("5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", 7840016),
+    "t10k-labels-idx1-ubyte": ("0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34", 10008),
+}
+# Folders, mirrors and a Debian package, tried in this order after data_dir and LENET_PL_DATA_SOURCE.
+SOURCES: tuple[str, ...] = (
+    "/usr/share/datasets/fashion-mnist",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",  # FashionMNIST.mirrors of torchvision
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+    "https://storage.googleapis.com/tensorflow/tf-keras-datasets",  # Keras's copy
+    "apt:dataset-fashion-mnist",
+)
+TIMEOUT = 10.0  # seconds a mirror may stay silent
+PAUSES = (0.5, 1.0)  # seconds before each retry of a transfer that broke
+APT_TIMEOUT = 300  # seconds for one apt command
+
+# What a bad source may end in; trouble in the data folder is another matter.
+_FAULTS = (OSError, ValueError, HTTPException)
+
+
+class DataError(RuntimeError):
+    """The data cannot be had or stored; the message is fit for the user and holds the remedy."""
+
+
+def ensure(data_dir: str | Path) -> Path:
+    """Verifies the four raw files and fetches those that are missing or damaged.
+
+    Several processes may do so at once: a file appears whole and verified, or not at all.
+
+    Args:
+        data_dir: The ``root`` of ``torchvision.datasets.FashionMNIST``.
+
+    Returns:
+        ``data_dir/FashionMNIST/raw``, which holds the four verified files under torchvision's names.
+
+    Raises:
+        DataError: If no source gave a file (each is listed), or ``data_dir`` cannot be read or written.
+    """
+    raw = Path(data_dir) / "FashionMNIST" / "raw"
+    try:
+        missing = [name for name in FILES if not _is_sound(raw / name)]
+        if missing:
+            raw.mkdir(parents=True, exist_ok=True)
+            # Beside the targets: renames are atomic there, and a read-only folder is noticed at once.
+            with tempfile.TemporaryDirectory(dir=raw, prefix=".tmp-", ignore_cleanup_errors=True) as scratch:
+                _fetch(raw, missing, Path(scratch).absolute())
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or raw}: {error.strerror or error}.\n"
+            "Remove what is in the way, mend its permissions, or free space (150 MB while data is fetched); "
+            "or name another data_dir."
+        ) from error
+    return raw
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        _verified(path.open("rb"), path.name)
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        _say(f"{path.parent}: {error}; fetching it again")
+        return False
+    return True
+
+
+def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
+    """Goes through the sources until nothing is missing."""
+    failures: dict[str, str] = {}  # source: reason
+    named = os.environ.get("LENET_PL_DATA_SOURCE")
+    for source in (str(raw), *([named] if named else []), *SOURCES):  # raw: .gz files put there by hand
+        wanted, remote = list(missing), source.startswith(("http", "apt:"))
+        if remote:
+            _say(f"fetching Fashion-MNIST from {source}")
+        for name in wanted:
+            try:
+                content = _get(source, name, scratch)
+            except _FAULTS as error:
+                failures.setdefault(source, str(error) or type(error).__name__)
+                if remote:  # a mirror that hangs must not hang four times
+                    break
+            else:
+                _write(content, scratch / name, raw / name)
+                missing.remove(name)
+        if got := [name for name in wanted if name not in missing]:
+            _say(f"{', '.join(got)}: from {source}")
+        if not missing:
+            return
+        if source == named:
+            _say(f"LENET_PL_DATA_SOURCE={named}: {failures[source]}")
+    raise DataError(
+        f"Fashion-MNIST could not be had: {', '.join(missing)} missing or damaged. Tried:\n"
+        + "".join(f"  {source}: {reason}\n" for source, reason in failures.items())
+        + f"Put the four files, raw or .gz, into {raw}, or name their folder in LENET_PL_DATA_SOURCE."
+    )
+
+
+def _get(source: str, name: str, scratch: Path) -> bytes:
+    """Returns the verified raw content of a file from a folder, a mirror or a package."""
+    if source.startswith("http"):
+        return _download(f"{source}/{name}.gz", name)
+    folder = _unpack(source[4:], scratch) if source.startswith("apt:") else Path(source)
+    packed = folder / f"{name}.gz"
+    try:
+        return _verified((folder / name).open("rb"), name)
+    except (OSError, ValueError):
+        if not packed.exists():
+            raise
+    return _verified(gzip.open(packed), name)
+
+
+def _verified(file: BinaryIO | gzip.GzipFile, name: str) -> bytes:
+    sha256, size = FILES[name]
+    try:
+        with file:
+            content = file.read(size + 1)  # bounded: a gzip bomb must not fill the memory
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{name}.gz is damaged: {error}") from error
+    if len(content) != size:
+        raise ValueError(f"{name} is damaged: too {'long' if len(content) > size else 'short'}")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{name} is damaged: wrong SHA-256")
+    return content
+
+
+def _download(url: str, name: str) -> bytes:
+    for pause in (*PAUSES, None):
+        try:
+            return _verified(gzip.open(BytesIO(_transfer(url, FILES[name][1] + 65536))), name)
+        except _FAULTS as error:
+            # No connection or a plain no, such as 404: the next mirror is the better retry.
+            hopeless = error.code < 500 if isinstance(error, HTTPError) else isinstance(error, URLError)
+            if hopeless or pause is None:
+                raise
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _transfer(url: str, limit: int) -> bytes:
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress
+
+    columns = (*Progress.get_default_columns(), DownloadColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    body = bytearray()
+    with urlopen(url, timeout=TIMEOUT) as response, bar:
+        task = bar.add_task(url.rpartition("/")[2], total=response.length)
+        while len(body) < limit and (chunk := response.read1(65536)):
+            body += chunk
+            bar.update(task, completed=len(body))
+    return bytes(body)
+
+
+def _unpack(package: str, scratch: Path) -> Path:
+    """Fetches and unpacks a Debian package without root, an installation, or the system's package lists."""
+    folder = scratch / "usr/share/datasets/fashion-mnist"
+    if folder.exists():
+        return folder
+    (scratch / "lists/partial").mkdir(parents=True)  # apt asks for it
+    config = scratch / "apt.conf"
+    config.write_text(f"""
+        Dir::State::Lists "{scratch}/lists"; Dir::Cache "{scratch}/cache"; Acquire::Retries "1";
+        Acquire::http::Timeout "{TIMEOUT:.0f}"; Acquire::https::Timeout "{TIMEOUT:.0f}";
+    """)
+    env = {**os.environ, "LC_ALL": "C", "APT_CONFIG": str(config)}
+    # One broken repository of several fails the update, but is no reason to stop.
+    script = f"""
+        bounded() {{ timeout --foreground -k 5 {APT_TIMEOUT} "$@"; }}
+        bounded apt-get update; bounded apt-get download {package} && dpkg-deb -x *.deb .
+    """
+    apt = subprocess.run(["sh", "-c", script], cwd=scratch, env=env, input="", capture_output=True, text=True)
+    if not folder.exists():
+        told = [line for line in apt.stderr.splitlines() if "ailed" in line or line.startswith("E:")]
+        raise ValueError(told[0] if told else f"apt-get took more than {APT_TIMEOUT} s")
+    return folder
+
+
+def _write(content: bytes, temporary: Path, target: Path) -> None:
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        error.filename = str(target)  # a full disk does not tell which file
+        raise
+
+
+def _say(text: str) -> None:
+    print(f"lenet_pl: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        print(ensure(sys.argv[1] if len(sys.argv) > 1 else "data"))
+    except DataError as problem:
+        sys.exit(str(problem))  # exit code 1
+    except KeyboardInterrupt:
+        sys.exit(130)

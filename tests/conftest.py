@@ -1,0 +1,107 @@
+"""A tiny Fashion-MNIST in the real file format, and the real command line run on it."""
+
+import hashlib
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lenet_pl import download
+
+TRAIN, TEST = 330, 53  # no multiple of a batch size: the last, smaller ones matter
+
+
+def write_idx(folder: Path) -> dict[str, tuple[str, int]]:
+    """Writes the four files and returns their SHA-256 and sizes.
+
+    Class k is a bright bar of its own height with noise on it: a net learns that within some steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    files = {}
+    for prefix, n in (("train", TRAIN), ("t10k", TEST)):
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        images = rng.integers(0, 60, (n, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label + 3 : 2 * label + 7, 4:20] += 150
+        for name, data in (
+            (f"{prefix}-images-idx3-ubyte", struct.pack(">IIII", 2051, n, 28, 28) + images.tobytes()),
+            (f"{prefix}-labels-idx1-ubyte", struct.pack(">II", 2049, n) + labels.tobytes()),
+        ):
+            (folder / name).write_bytes(data)
+            files[name] = (hashlib.sha256(data).hexdigest(), len(data))
+    return files
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The ``data_dir`` of the tiny data set, and its file list."""
+    root = tmp_path_factory.mktemp("data")
+    return root, write_idx(root / "FashionMNIST" / "raw")
+
+
+@pytest.fixture
+def workdir(tiny, tmp_path, monkeypatch):
+    """An empty current folder with the tiny data in ``data/``; the download knows the tiny files."""
+    (tmp_path / "data").symlink_to(tiny[0])
+    monkeypatch.setattr(download, "FILES", tiny[1])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(workdir, capsys):
+    """Runs the command line in-process; returns exit code, stdout and stderr."""
+
+    def run(*args):
+        from lenet_pl.__main__ import main
+
+        capsys.readouterr()
+        code = main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def spawn(workdir, tiny):
+    """Starts the command line as a process of its own on the tiny data; returns the Popen."""
+
+    def start(*args, prelude="", **options):
+        code = (
+            "import sys; from lenet_pl import download; from lenet_pl.__main__ import main;"
+            f"download.FILES = {tiny[1]!r}\n{prelude}\nsys.exit(main(sys.argv[1:]))"
+        )
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *map(str, args)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env} | options
+        return subprocess.Popen(command, cwd=workdir, **options)
+
+    return start
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny batches are quickest on one thread, and two threads would fight over two cores with subprocesses."""
+    torch.set_num_threads(1)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same(a, b) -> bool:
+    """Whether two nested structures hold the same values and bit-identical tensors."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -1,0 +1,127 @@
+"""The training loop: the same weights to the bit for every block size, and those of a plain PyTorch loop."""
+
+import csv
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import same, weights
+from lightning.pytorch import Trainer, seed_everything
+
+from lenet_pl import FashionMNISTDataModule, LitLeNet
+
+TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 2)
+RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2, "--model.ema_decay", 0.9)
+
+
+def rows(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+def test_block_size_changes_nothing(cli, workdir, schedule):
+    for k in (1, 7, 50):  # 34 steps an epoch: no multiple of 7, less than 50; the last mini-batch has 6 images
+        args = (*TINY, *RICH, "--model.schedule", schedule, "--data.steps_per_execution", k, "--name", f"k{k}")
+        code, _, err = cli("fit", *args)
+        assert code == 0, err
+    runs = [workdir / f"runs/k{k}/version_0" for k in (1, 7, 50)]
+    states = [torch.load(r / "checkpoints/last.ckpt", weights_only=True) for r in runs]
+    assert states[0]["global_step"] == 68
+    for state, run in zip(states[1:], runs[1:], strict=True):
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+            assert same(states[0][key], state[key]), key
+        for one, other in zip(rows(runs[0]), rows(run), strict=True):
+            assert {k: float(v) for k, v in one.items()} == pytest.approx({k: float(v) for k, v in other.items()})
+
+
+def test_another_seed_changes_the_weights(cli, workdir):
+    for seed in (0, 1):
+        cli("fit", *TINY, "--seed_everything", seed, "--name", f"s{seed}")
+    first, second = (weights(workdir / f"runs/s{seed}/version_0/checkpoints/last.ckpt") for seed in (0, 1))
+    assert not same(first, second)
+
+
+def test_bfloat16_blocks_use_fresh_weights(cli, workdir):
+    for k in (1, 5):
+        args = (*TINY, "--trainer.precision", "bf16-mixed", "--data.steps_per_execution", k, "--name", f"k{k}")
+        assert cli("fit", *args)[0] == 0
+    first, second = (weights(workdir / f"runs/k{k}/version_0/checkpoints/last.ckpt") for k in (1, 5))
+    assert same(first, second)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (("--trainer.max_steps", 5), 5),
+        (("--trainer.limit_train_batches", 3), 6),
+        (("--trainer.overfit_batches", 2), 4),
+        (("--trainer.accumulate_grad_batches", 2), 34),
+        (("--trainer.gradient_clip_val", 0.5), 68),
+    ],
+)
+def test_trainer_options_that_touch_single_steps_keep_their_meaning(cli, workdir, flags, steps):
+    code, _, err = cli("fit", *TINY, *flags)
+    assert code == 0, err
+    state = torch.load(workdir / "runs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == steps
+
+
+def test_matches_a_plain_pytorch_loop(workdir):
+    seed_everything(3)
+    data, model = FashionMNISTDataModule(batch_size=8, val_size=60), LitLeNet()
+    net = LitLeNet().net
+    net.load_state_dict(model.net.state_dict())
+    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(model, data)
+    data.trainer = None  # without a trainer the loader gives plain mini-batches
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    loader = data.train_dataloader()
+    loader.block = 1
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for images, labels in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+    assert same(net.state_dict(), model.net.state_dict())
+
+
+def test_steps_and_rates_are_counted_in_optimizer_steps(cli, workdir):
+    cli("fit", *TINY, "--model.schedule", "one_cycle", "--model.lr", 0.01)
+    results = rows(workdir / "runs/lenet/version_0")
+    assert [r["step"] for r in results] == ["34", "68"]
+    assert float(results[-1]["lr"]) < 1e-4  # the schedule ends with the run: a count of blocks would leave it high
+
+
+def test_divergence_stops_the_run(cli, workdir):
+    cli("fit", *TINY)
+    last = workdir / "runs/lenet/version_0/checkpoints/last.ckpt"
+    before = last.read_bytes()
+    code, _, err = cli("fit", "--ckpt_path", "last", "--model.lr", 1e30, "--trainer.max_epochs", 4)
+    assert code == 1
+    assert "train_loss=nan" in err
+    assert "--model.lr" in err
+    assert last.read_bytes() == before
+
+
+def test_explicit_settings_win_on_resume(cli, workdir):
+    cli("fit", *TINY, "--model.schedule", "one_cycle", "--model.lr", 0.01)
+    flags = ("--model.lr", 0.002, "--model.weight_decay", 0.1, "--trainer.max_epochs", 4)
+    code, _, err = cli("fit", "--ckpt_path", "last", *flags)
+    assert code == 0, err
+    state = torch.load(workdir / "runs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    group = state["optimizer_states"][0]["param_groups"][0]
+    assert group["max_lr"] == pytest.approx(0.002)
+    assert group["weight_decay"] == 0.1
+    assert state["epoch"] == 3
+
+
+def test_block_size_may_change_between_epochs(cli, workdir):
+    cli("fit", *TINY, "--data.steps_per_execution", 50)
+    code, _, err = cli("fit", "--ckpt_path", "last", "--data.steps_per_execution", 1, "--trainer.max_epochs", 3)
+    assert code == 0, err
+    cli("fit", *TINY, "--trainer.max_epochs", 3, "--name", "whole")
+    first, second = (weights(workdir / f"runs/{n}/version_0/checkpoints/last.ckpt") for n in ("lenet", "whole"))
+    assert same(first, second)
+    assert [r["step"] for r in rows(workdir / "runs/lenet/version_0")] == ["34", "68", "102"]
