@@ -201,9 +201,9 @@ class FashionMNISTDataModule(LightningDataModule):
     def _block_size(self) -> int:
         """Returns ``steps_per_execution``, or 1 where a Trainer option needs Lightning's own view of each step."""
         trainer = self.trainer
-        assert trainer is not None
         single = (
-            trainer.max_steps != -1
+            trainer is None  # a plain loop over train_dataloader() gets plain mini-batches
+            or trainer.max_steps != -1
             or trainer.limit_train_batches != 1.0
             or trainer.val_check_interval != 1.0
             or trainer.overfit_batches  # type: ignore[attr-defined]

@@ -1,0 +1,48 @@
+# Sourced by train.sh and test.sh: goes to the project's folder, and makes its environment in .venv.
+# usage: set_up [EXTRA]
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+say() { printf '\n== %s\n' "$*"; }
+
+# Runs one stage; a failure names the stage and what to do.
+stage() { # TITLE REMEDY COMMAND...
+  local title=$1 remedy=$2
+  shift 2
+  say "$title"
+  "$@" && return
+  local code=$?
+  printf '\nFailed (exit code %s): %s\nWhat to do: %s\n' "$code" "$title" "$remedy" >&2
+  exit "$code"
+}
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      printf '%s' "$candidate"
+      return
+    fi
+  done
+  printf 'No Python >= 3.10 with the venv module was found.\nWhat to do: install one, or name it: PYTHON=/path/to/python3 bash %s\n' "$0" >&2
+  exit 1
+}
+
+install_project() { # EXTRA
+  .venv/bin/python -m pip install --disable-pip-version-check --quiet --editable ".${1:+[$1]}" || return
+  # what was installed, so that a second run need not ask pip
+  cp pyproject.toml ".venv/installed-${1:-base}"
+}
+
+set_up() { # [EXTRA]
+  local extra=${1:-}
+  if ! [ -x .venv/bin/python ]; then
+    local python
+    python=$(find_python) || exit 1
+    stage "making .venv with $python" "remove .venv and look at the message above" "$python" -m venv .venv
+  fi
+  if ! cmp -s pyproject.toml ".venv/installed-${extra:-base}"; then
+    stage "installing lenet_pl${extra:+ with its extra '$extra'} into .venv (the first time some minutes and 6 GB)" \
+      "check the network and the free disk space, then run this again" install_project "$extra"
+  fi
+}
