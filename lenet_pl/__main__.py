@@ -1,6 +1,8 @@
 """``python -m lenet_pl``: answers help and version at once, and imports torch only for a command."""
 
 import difflib
+import io
+import os
 import sys
 
 from lenet_pl import __version__
@@ -31,27 +33,40 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed at run time, 2 wrong use, 130 Ctrl-C, 143 SIGTERM.
     """
-    args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know × or ≤
+    try:
+        code = _main(sys.argv[1:] if args is None else args)
+        sys.stdout.flush()
+        return code
+    except OSError as error:  # nobody reads any more (``| head``), or the disk is full
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at its end
+        return 1
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
     if args[0] == "--version":
         print(f"lenet_pl {__version__}")
         return 0
-    if args[0] not in COMMANDS:
-        later = [name for name in COMMANDS if name in args]
-        near = difflib.get_close_matches(args[0], COMMANDS, 1)
-        if args[0].startswith("-") and later:
-            hint = f"the command comes first: python -m lenet_pl {later[0]} {args[0]} ..."
-        elif near:
-            hint = f"did you mean {near[0]!r}?"
-        else:
-            hint = f"expected one of {', '.join(COMMANDS)}"
-        print(f"error: {args[0]!r} is no command; {hint}", file=sys.stderr)
-        return 2
-    from lenet_pl.cli import run
+    if args[0] in COMMANDS:
+        from lenet_pl.cli import run
 
-    return run(args)
+        return run(args)
+    later = [name for name in COMMANDS if name in args]
+    near = difflib.get_close_matches(args[0].lower(), COMMANDS, 1)
+    if args[0].startswith("-") and later:
+        hint = f"the command comes first: python -m lenet_pl {later[0]} {args[0]} ..."
+    elif near:
+        hint = f"did you mean {near[0]!r}?"
+    else:
+        hint = f"expected one of {', '.join(COMMANDS)}"
+    print(f"error: {args[0]!r} is no command; {hint}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

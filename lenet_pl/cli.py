@@ -4,13 +4,16 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,7 +24,7 @@ from lenet_pl import checkpoint
 from lenet_pl.callbacks import BestCheckpoint, EpochBar, GracefulStop, RunFolder, Stopped, Summary
 from lenet_pl.checkpoint import AtomicCheckpointIO, CheckpointError
 from lenet_pl.datamodule import FashionMNISTDataModule
-from lenet_pl.errors import UsageError, explain, fail, quiet
+from lenet_pl.errors import UsageError, check, check_file, explain, fail, quiet, refused
 from lenet_pl.module import LitLeNet
 
 say = rank_zero_only(print)
@@ -33,13 +36,14 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.run_folder: RunFolder | None = None
         self.checkpoint: dict[str, Any] = {}  # what --ckpt_path means, loaded
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LitLeNet,
             FashionMNISTDataModule,
             save_config_callback=None,  # RunFolder writes it
             trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, **{c: {"exit_on_error": False} for c in self.subcommands()}},
+            parser_kwargs={**strict, **dict.fromkeys(self.subcommands(), strict)},
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -57,7 +61,8 @@ class CLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``--name``."""
+        """Adds ``--name`` and ``--output``."""
+        parser.add_argument("--output", type=str, default=".", help="Folder for what predict writes.")
         parser.add_argument(
             "--name", type=str | None, default=None, help="Folder under runs/; the name of the config file by default."
         )
@@ -66,23 +71,39 @@ class CLI(LightningCLI):
         """Parses; what a checkpoint says ranks below config files and flags."""
         command = args[0]
         try:
-            self.config = parser.parse_args(args)
+            self.config = self._parse(parser, args)
             if path := self._checkpoint_path(command):
                 folder = checkpoint.run_folder(path) if command == "fit" else None
                 run_config = ["--config", str(folder / "config.yaml")] if folder else []
-                self.config = parser.parse_args([command, *run_config, *args[1:]])
+                self.config = self._parse(parser, [command, *run_config, *args[1:]])
                 self.config[command].ckpt_path = str(path)
+                config, epoch = self.config[command], self.checkpoint.get("epoch", -1)
+                if command == "fit" and config.trainer.max_epochs and config.trainer.max_epochs <= epoch:
+                    least = f"{path} is in epoch {epoch + 1}: expected at least that; or leave the option out"
+                    raise UsageError(f"trainer.max_epochs={config.trainer.max_epochs}: {least}")
+                if command == "validate" and not config.data.val_size:
+                    raise UsageError("data.val_size=0: no images to validate on; expected more than 0, or use test")
                 say(f"checkpoint: {path}")
-        except (argparse.ArgumentError, TypeError, KeyError) as error:
+        except (argparse.ArgumentError, TypeError, KeyError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             known = self._subcommand_parsers[command]._option_string_actions
             raise UsageError(explain(str(error), command, known)) from error
+
+    def _parse(self, parser: LightningArgumentParser, args: list[str]) -> Any:
+        for flag, value in pairwise([*args, ""]):
+            if flag.split("=")[0] in ("-c", "--config") and (file := flag.partition("=")[2] or value):
+                check_file(file)
+        config = parser.parse_args(args)
+        check(args[0], config[args[0]])
+        return config
 
     def _checkpoint_path(self, command: str) -> Path | None:
         """Finds and loads the checkpoint and makes its settings the defaults; every command but ``fit`` needs one."""
         name = self.config[command].ckpt_path
         if name is None and command == "fit":
             return None
-        path = checkpoint.find(name or "best", self._runs())
+        path = checkpoint.find("best" if name is None else name, self._runs())
         try:
             self.checkpoint = checkpoint.load(path)
         except CheckpointError as error:
@@ -92,13 +113,16 @@ class CLI(LightningCLI):
                 raise
             print(f"{str(error).splitlines()[0]}\nGoing on from {sound} instead.", file=sys.stderr)
             path, self.checkpoint = sound, checkpoint.load(sound)
-        defaults = {f"model.{key}": value for key, value in self.checkpoint["hyper_parameters"].items()}
-        for key, value in self.checkpoint.get("datamodule_hyper_parameters", {}).items():
-            if key != "data_dir" or Path(value).is_dir():
-                defaults[f"data.{key}"] = value
+        needed = ("seed", "epoch", "loops", "optimizer_states", "lr_schedulers")
+        if lacking := [key for key in needed if key not in self.checkpoint]:
+            raise CheckpointError(f"Checkpoint {str(path)!r} is not one of lenet_pl: it lacks {', '.join(lacking)}")
         try:
+            defaults = {f"model.{key}": value for key, value in self.checkpoint["hyper_parameters"].items()}
+            for key, value in self.checkpoint.get("datamodule_hyper_parameters", {}).items():
+                if key != "data_dir" or Path(value).is_dir():
+                    defaults[f"data.{key}"] = value
             self._subcommand_parsers[command].set_defaults({**defaults, "seed_everything": self.checkpoint["seed"]})
-        except KeyError as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"Checkpoint {str(path)!r} is not one of lenet_pl: {error}") from error
         return path
 
@@ -110,7 +134,19 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
-            raise UsageError(error) from error
+            raise self._refused(error) from error
+        if self.checkpoint:
+            nets = (self.checkpoint["state_dict"], self.model.state_dict())
+            given, own = ({name: getattr(weight, "shape", None) for name, weight in net.items()} for net in nets)
+            if odd := [name for name in {**own, **given} if own.get(name) != given.get(name)]:
+                path, variant = self.config[self.subcommand].ckpt_path, self.model.hparams["variant"]
+                raise CheckpointError(
+                    f"Checkpoint {path!r} holds another net than model.variant={variant}: {odd[0]} differs.\n"
+                    "Leave the --model options out, or give another one with --ckpt_path"
+                )
+
+    def _refused(self, error: Exception) -> UsageError:
+        return UsageError(refused(str(error), self.config.subcommand, self.config[self.config.subcommand]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the Trainer with the callbacks, logger and checkpoint plugin of the command."""
@@ -155,8 +191,8 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         files = [str(f) for f in config.get("config") or []]
         name = config.name or (Path(files[-1]).stem if files else "lenet")
-        if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
-            raise ValueError(f"name={name!r}: expected letters, digits, '-', '_', '.' or '+', to name a folder with")
+        if not re.fullmatch(r"[\w.+-]{1,100}", name) or set(name) == {"."}:
+            raise ValueError(f"name={name!r}: expected 1 to 100 letters, digits, '-', '_', '.' or '+', for a folder")
         return name
 
     def _saved_config(self) -> str:
@@ -169,11 +205,21 @@ class CLI(LightningCLI):
 
     def fit(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str | None) -> None:
         """Trains, then scores the best checkpoint on the test set."""
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        except CheckpointError:
+            raise
+        except (ValueError, MisconfigurationException) as error:  # what only the data and the checkpoint could tell
+            raise self._refused(error) from error
+        finally:
+            if (run := self.run_folder) and run.path not in (run.parent, run.resumed) and not self.trainer.global_step:
+                shutil.rmtree(run.path, ignore_errors=True)  # of a run that never started
         if self.run_folder is None or not self.trainer.checkpoint_callbacks:
             return
         files = [self.run_folder.path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-        path = next(f for f in files if f.exists())
+        path = next((f for f in files if f.exists()), None)
+        if path is None:
+            raise UsageError("no training step was run, so there is nothing to score; allow more trainer.max_time")
         self.test(model, datamodule, str(path))
         say(f"run folder: {self.run_folder.path}\nnext: python -m lenet_pl test --ckpt_path {path}")
 
@@ -182,6 +228,13 @@ class CLI(LightningCLI):
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
         metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
         say(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
+
+    def predict(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
+        """Classifies the user's pictures, or the test images."""
+        from lenet_pl import predict
+
+        batches = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        predict.write(Path(self.config.predict.output), datamodule, torch.cat(batches))  # type: ignore[arg-type]
 
     def test(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Scores a checkpoint on the test images and writes test.json."""

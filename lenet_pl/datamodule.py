@@ -1,6 +1,7 @@
 """Fashion-MNIST in memory: the split, the order of an epoch, normalised and augmented blocks of mini-batches."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 import torchvision
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lenet_pl import download
+from lenet_pl import download, pictures
 
 Batch = tuple[Tensor, Tensor]  # images [N, 1, 28, 28] float32, labels [N] int64
 
@@ -17,7 +19,7 @@ Batch = tuple[Tensor, Tensor]  # images [N, 1, 28, 28] float32, labels [N] int64
 EVAL_BATCH_SIZE = 1000
 
 
-class FashionMNIST(torchvision.datasets.FashionMNIST):
+class FashionMNIST(torchvision.datasets.FashionMNIST):  # type: ignore[misc]
     """torchvision's reader, which must not prefer an unverified ``processed/`` folder over the verified files."""
 
     def _check_legacy_exist(self) -> bool:
@@ -136,6 +138,8 @@ class FashionMNISTDataModule(LightningDataModule):
         std: Pixel standard deviation divided by (0.3530 is the training set's).
         flip: Whether to mirror each training image left-right with probability one half.
         shift: Largest random shift of a training image in pixels, 0 to 27, drawn per image and axis.
+        images: For ``predict``: a picture or a folder of pictures; the test images by default.
+        preprocess: Whether to turn those pictures into what the training data look like, see ``pictures``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -152,6 +156,8 @@ class FashionMNISTDataModule(LightningDataModule):
         std: float = 0.3530,
         flip: bool = False,
         shift: int = 0,
+        images: str | None = None,
+        preprocess: bool = True,
     ) -> None:
         super().__init__()
         for name, value, low, high in (
@@ -165,7 +171,9 @@ class FashionMNISTDataModule(LightningDataModule):
                 raise ValueError(f"data.{name}={value}: expected an integer from {low} to {high}")
         if not std > 0:
             raise ValueError(f"data.std={std}: expected a number above 0, such as 0.353")
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["images", "preprocess"])
+        self.files = pictures.find(images) if images else []
+        self.preprocess, self.errors = preprocess, dict[Path, str]()  # the pictures that could not be read, and why
         self.data_dir, self.batch_size, self.val_size, self.split_seed = data_dir, batch_size, val_size, split_seed
         self.mean, self.std, self.flip, self.shift = mean, std, flip, shift
         self.block = steps_per_execution
@@ -177,7 +185,8 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Puts the verified files in place; raises ``download.DataError`` where that fails."""
-        download.ensure(self.data_dir)
+        if not self.files:
+            download.ensure(self.data_dir)
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs: training and validation images, or the test images."""
@@ -188,11 +197,13 @@ class FashionMNISTDataModule(LightningDataModule):
             order = torch.randperm(len(labels), generator=generator(self.split_seed))
             train, val = order[self.val_size :], order[: self.val_size]
             self.train_set, self.val_set = (images[train], labels[train]), (images[val], labels[val])
-        if stage in ("test", "predict") and self.test_set is None:
+        if stage in ("test", "predict") and self.test_set is None and not self.files:
             self.test_set = self._read(train=False)
         if stage == "fit":
             self.seed = torch.initial_seed() % 2**63
             self.block = self._block_size()
+            if self.trainer and not self.val_size:
+                self.trainer.limit_val_batches = 0  # or Lightning warns of an empty loader
 
     def _read(self, train: bool) -> Batch:
         data = FashionMNIST(self.data_dir, train=train)
@@ -227,17 +238,30 @@ class FashionMNISTDataModule(LightningDataModule):
         assert self.train_set is not None
         return Loader(self, *self.train_set, train=True)
 
-    def val_dataloader(self) -> Loader | list[Loader]:
-        """Returns the validation batches, none for ``val_size=0``."""
+    def val_dataloader(self) -> Loader:
+        """Returns the validation batches."""
         assert self.val_set is not None
-        return Loader(self, *self.val_set) if self.val_size else []
+        return Loader(self, *self.val_set)
 
     def test_dataloader(self) -> Loader:
         """Returns the test batches: every image once, over all processes together."""
         assert self.test_set is not None
         return Loader(self, *self.test_set)
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> Loader | DataLoader[Path]:
+        """Returns the user's pictures in batches, black in place of one that cannot be read; or the test batches."""
+        if not self.files:
+            return self.test_dataloader()
+        return DataLoader(self.files, batch_size=EVAL_BATCH_SIZE, collate_fn=self._load_pictures)  # type: ignore[arg-type]
+
+    def _load_pictures(self, paths: list[Path]) -> Batch:
+        images = torch.zeros(len(paths), 1, 28, 28, dtype=torch.uint8)
+        for image, path in zip(images, paths, strict=True):
+            try:
+                image.copy_(pictures.to_uint8(pictures.load(path), self.preprocess))
+            except (OSError, ValueError) as error:
+                self.errors[path] = str(error)
+        return normalise(images, self.mean, self.std), torch.zeros(len(paths), dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how far the current epoch is, in blocks of the size in use."""

@@ -101,7 +101,7 @@ def test_no_validation_trains_on_everything(workdir):
     module = FashionMNISTDataModule(val_size=0)
     module.setup("fit")
     assert len(module.train_set[1]) == TRAIN
-    assert module.val_dataloader() == []
+    assert list(module.val_dataloader()) == []
 
 
 @pytest.mark.parametrize("world", [2, 3])
