@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lenet_pl import download, pictures
+from lenet_pl.checkpoint import CheckpointError
 
 Batch = tuple[Tensor, Tensor]  # images [N, 1, 28, 28] float32, labels [N] int64
 
@@ -274,11 +275,11 @@ class FashionMNISTDataModule(LightningDataModule):
         """Makes the first epoch of a resumed run go on where the checkpoint was written.
 
         Raises:
-            ValueError: If that is in mid-epoch and the block size has changed.
+            CheckpointError: If that is in mid-epoch and the block size has changed.
         """
         self.resume_at = state["blocks_done"]
         if self.resume_at and state["block"] != self.block:
-            raise ValueError(
+            raise CheckpointError(
                 f"data.steps_per_execution={self.block}: the checkpoint stopped in mid-epoch with {state['block']};"
                 f" resume with --data.steps_per_execution {state['block']}"
             )

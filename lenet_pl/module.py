@@ -160,8 +160,10 @@ class LitLeNet(LightningModule):
             torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the step
             all_logits.append(logits.detach().clone())  # a CUDA graph's next run overwrites its outputs
             losses.append(loss.detach().clone())
-        # What Lightning's own optimizer wrapper counts: global_step is the number of optimizer steps.
-        self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.increment_by(len(block))
+        # Lightning has counted one step: global_step, and the step that loggers see, are optimizer steps.
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.manual_optimization.optim_step_progress.total.increment_by(len(block))
+        loop._batches_that_stepped += len(block) - 1
         sizes = torch.tensor([len(labels) for _, labels in block], device=self.device)
         self._log("train", torch.cat(all_logits), torch.stack(losses), torch.cat([y for _, y in block]), sizes)
 

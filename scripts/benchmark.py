@@ -89,7 +89,7 @@ def watch(command: list[str], args: argparse.Namespace, folder: str) -> Run:
     last = dict(re.findall(r"(\w+) ([\d.]+)%", epochs[-1][1])) if epochs else {}
     train_acc, val_acc = (float(last.get(key, "nan")) / 100 for key in SEED_STD)
     start = next((t for t, line in lines if line == "ready"), 0.0)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is no less than that of this process: 50 MiB
     return Run(lines, start, [t for t, _ in epochs], train_acc, val_acc, usage.ru_maxrss / unit)
 
 
@@ -213,7 +213,7 @@ def main() -> int:
         args.rounds = args.epochs = 1
     if min(args.rounds, args.epochs) < 1:
         parser.error("--rounds and --epochs: expected at least 1")
-    watch(["-m", "lenet_pl.download", args.data_dir], args, ".")
+    watch(["-c", "import sys; from lenet_pl import download; download.ensure(sys.argv[1])", args.data_dir], args, ".")
     total = (Path(args.data_dir) / "FashionMNIST/raw/train-labels-idx1-ubyte").stat().st_size - 8
 
     speed = json.loads(contest("inference", args, 0).lines[-1][1])
