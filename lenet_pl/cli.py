@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lenet_pl import checkpoint
 from lenet_pl.callbacks import BestCheckpoint, EpochBar, GracefulStop, RunFolder, Stopped, Summary
 from lenet_pl.checkpoint import AtomicCheckpointIO, CheckpointError
-from lenet_pl.datamodule import FashionMNISTDataModule
+from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.errors import UsageError, check, check_file, explain, fail, quiet, refused
 from lenet_pl.module import LitLeNet
 
@@ -221,7 +221,20 @@ class CLI(LightningCLI):
         if path is None:
             raise UsageError("no training step was run, so there is nothing to score; allow more trainer.max_time")
         self.test(model, datamodule, str(path))
+        self._draw(self.run_folder, model, datamodule)
         say(f"run folder: {self.run_folder.path}\nnext: python -m lenet_pl test --ckpt_path {path}")
+
+    def _draw(self, run: RunFolder, model: LitLeNet, datamodule: FashionMNISTDataModule) -> None:
+        """Adds the pictures to the run folder."""
+        from lenet_pl import plots  # matplotlib takes a second
+
+        counts = model.confusion.compute()
+        if self.trainer.is_global_zero:
+            names = FashionMNIST.classes
+            images, labels = datamodule.first_images(25)
+            plots.save(plots.samples(images, [names[label] for label in labels]), run.path / "samples.png")
+            plots.save(plots.curves(run.rows()), run.path / "curves.png")
+            plots.save(plots.confusion_matrix(counts, names), run.path / "confusion_matrix.png")
 
     def validate(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Scores a checkpoint on the validation images."""

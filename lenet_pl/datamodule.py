@@ -239,6 +239,12 @@ class FashionMNISTDataModule(LightningDataModule):
         assert self.train_set is not None
         return Loader(self, *self.train_set, train=True)
 
+    def first_images(self, n: int) -> Batch:
+        """Returns the first n uint8 training images of the first epoch's order, and their labels."""
+        assert self.train_set is not None
+        order = torch.randperm(len(self.train_set[1]), generator=generator(self.seed, 0))[:n]
+        return self.train_set[0][order], self.train_set[1][order]
+
     def val_dataloader(self) -> Loader:
         """Returns the validation batches."""
         assert self.val_set is not None

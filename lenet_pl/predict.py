@@ -5,10 +5,11 @@ import io
 from pathlib import Path
 
 import rich
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from lenet_pl import pictures
+from lenet_pl import pictures, plots
 from lenet_pl.checkpoint import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 
@@ -51,7 +52,7 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     write_atomic(folder / "predictions.csv", text.getvalue().encode())
     good = [i for i, name in enumerate(names) if name not in errors]
     if good:
-        write_atomic(folder / "predictions.png", _figure(data, names, top3, good[:SHOWN]))
+        plots.save(_figure(data, names, top3, good[:SHOWN]), folder / "predictions.png")
     rich.print(table)
     rest = f"; the table shows the first {SHOWN}" if len(names) > SHOWN else ""
     print(f"{len(good)} classified, {len(errors)} not{rest}\nall: {folder / 'predictions.csv'}")
@@ -61,10 +62,8 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
 
 def _figure(
     data: FashionMNISTDataModule, names: list[str], top3: list[list[tuple[str, float]]], rows: list[int]
-) -> bytes:
-    """Draws for each row the picture, what the net saw, and the three probabilities; returns a PNG."""
-    from matplotlib.figure import Figure
-
+) -> Figure:
+    """Draws for each row the picture, what the net saw, and the three probabilities."""
     figure = Figure(figsize=(7, 0.9 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1, 1, 4])
     for (left, middle, right), i in zip(axes, rows, strict=True):
@@ -86,6 +85,4 @@ def _figure(
         right.spines[:].set_visible(False)
         for ax in (left, middle):
             ax.axis("off")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    return buffer.getvalue()
+    return figure

@@ -10,7 +10,9 @@ the running loss and accuracy, and validates on the other 5,000 after the epoch.
 - plain loop: PyTorch as most write it: tensors in memory, an index per batch, ``.item()`` for loss and accuracy
 - best loop: the quickest we know: also channels_last, fused Adam, shuffled in one go, metrics at the epoch's end
 - stock Lightning: torchvision's dataset and transforms, DataLoader, torchmetrics; logger and checkpoint by default
-- Keras: the article's script, where keras is installed (``pip install '.[bench]'``)
+- Keras: the article's script, where keras is installed (``pip install '.[bench]'``). Better in another environment:
+  TensorBoard imports TensorFlow where it finds it, which costs both Lightning contestants seconds and 500 MiB at the
+  start; ``python -m venv keras; keras/bin/pip install keras tensorflow``, then ``--keras keras/bin/python``
 
 Each run is a process of its own (contestants.py) that prints a line with its accuracies after every epoch. The clock is
 here: an epoch lasts from line to line, so nothing of it is left out and a GPU has finished it. The first epoch of a run
@@ -31,12 +33,13 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +71,7 @@ class Run(NamedTuple):
 
 
 def watch(command: list[str], args: argparse.Namespace, folder: str) -> Run:
-    """Runs ``python command`` in ``folder``; leaves with what it said if it fails."""
+    """Runs ``command`` in ``folder``; leaves with what it said if it fails."""
     env = os.environ | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if args.threads:
@@ -78,7 +81,7 @@ def watch(command: list[str], args: argparse.Namespace, folder: str) -> Run:
     with tempfile.TemporaryFile("w+") as errors:
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
         started = time.perf_counter()
-        with subprocess.Popen([sys.executable, *command], env=env, cwd=folder, **options) as child:
+        with subprocess.Popen(command, env=env, cwd=folder, **options) as child:
             lines = [(time.perf_counter() - started, line.rstrip()) for line in child.stdout or ()]
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
@@ -89,16 +92,16 @@ def watch(command: list[str], args: argparse.Namespace, folder: str) -> Run:
     last = dict(re.findall(r"(\w+) ([\d.]+)%", epochs[-1][1])) if epochs else {}
     train_acc, val_acc = (float(last.get(key, "nan")) / 100 for key in SEED_STD)
     start = next((t for t, line in lines if line == "ready"), 0.0)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is no less than that of this process: 50 MiB
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is not below what this process takes: 50 MiB
     return Run(lines, start, [t for t, _ in epochs], train_acc, val_acc, usage.ru_maxrss / unit)
 
 
 def fit(recipe: str, args: argparse.Namespace, *options: str) -> Run:
     """Runs the real command; its first step is where results.csv begins to count."""
-    command = ["-m", "lenet_pl", "fit", "--config", str(ROOT / f"configs/{recipe}.yaml"), "--trainer.devices", "1"]
-    command += ["--data.data_dir", args.data_dir, "--trainer.accelerator", args.accelerator, *options]
+    command = [sys.executable, "-m", "lenet_pl", "fit", "--config", str(ROOT / f"configs/{recipe}.yaml")]
+    command += ["--data.data_dir", args.data_dir, "--trainer.accelerator", args.accelerator, "--trainer.devices", "1"]
     with tempfile.TemporaryDirectory() as folder:
-        run = watch(command, args, folder)
+        run = watch([*command, *options], args, folder)
         with (Path(folder) / f"runs/{recipe}/version_0/results.csv").open(newline="") as file:
             return run._replace(start=run.ends[0] - float(next(csv.DictReader(file))["seconds"]))
 
@@ -107,7 +110,8 @@ def contest(name: str, args: argparse.Namespace, seed: int) -> Run:
     """Runs one contestant."""
     if name == "lenet_pl":
         return fit("lenet", args, "--trainer.max_epochs", str(args.epochs), "--seed_everything", str(seed))
-    command = [str(Path(__file__).with_name("contestants.py").resolve()), name, "--seed", str(seed)]
+    script = str(Path(__file__).with_name("contestants.py").resolve())
+    command = [args.keras if name == "Keras" else sys.executable, script, name, "--seed", str(seed)]
     for option in ("epochs", "data_dir", "accelerator", "workers"):
         command += [f"--{option}", str(getattr(args, option))]
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +125,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def training(args: argparse.Namespace, images: int) -> dict[str, Any]:
     """Lets the contestants run, prints the table, and returns its content by contestant."""
-    names = ["lenet_pl", "plain loop", "best loop", "stock Lightning", *(["Keras"] if find_spec("keras") else [])]
+    names = ["lenet_pl", "plain loop", "best loop", "stock Lightning", *(["Keras"] if args.keras else [])]
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for r in range(args.rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
@@ -146,6 +150,9 @@ def training(args: argparse.Namespace, images: int) -> dict[str, Any]:
         cells = [f"{seconds['median']:.2f}", f"{seconds['min']:.2f} - {seconds['max']:.2f}"]
         cells += [f"{row['ms_per_step']:.2f}", f"{row['ratio']['median']:.2f}", str(row["memory_mib"])]
         table.add_row(name, *cells, f"{row['train_acc']:.2%}", f"{row['val_acc']:.2%}")
+    if args.keras:
+        result["Keras"]["version"] = runs["Keras"][0].lines[0][1]
+        table.caption = f"{table.caption}; {result['Keras']['version']}"
     console.print(table)
     return result
 
@@ -206,6 +213,8 @@ def main() -> int:
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="of stock Lightning's DataLoader (default 0)")
     parser.add_argument("--linearity", action="store_true", help="time per image by number of images, nothing else")
+    here = sys.executable if find_spec("keras") else None
+    parser.add_argument("--keras", metavar="PYTHON", default=here, help="one that has keras (default: this, if it has)")
     parser.add_argument("--data_dir", default="data")
     args = parser.parse_args()
     args.data_dir = str(Path(args.data_dir).absolute())
@@ -213,21 +222,23 @@ def main() -> int:
         args.rounds = args.epochs = 1
     if min(args.rounds, args.epochs) < 1:
         parser.error("--rounds and --epochs: expected at least 1")
-    watch(["-c", "import sys; from lenet_pl import download; download.ensure(sys.argv[1])", args.data_dir], args, ".")
+    download = "import sys; from lenet_pl import download; download.ensure(sys.argv[1])"
+    if args.keras:  # a full path: the children run in other folders
+        found = shutil.which(args.keras) or parser.error(f"--keras {args.keras}: expected a python program")
+        args.keras = str(Path(found).absolute())
+    watch([sys.executable, "-c", download, args.data_dir], args, ".")
     total = (Path(args.data_dir) / "FashionMNIST/raw/train-labels-idx1-ubyte").stat().st_size - 8
 
     speed = json.loads(contest("inference", args, 0).lines[-1][1])
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    packages = packages_distributions()  # such as tensorflow: [tensorflow-cpu]
-    wanted = [name for name in ("torch", "torchvision", "lightning", "keras", "tensorflow", "jax") if name in packages]
     machine = {
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": os.cpu_count(),
         "threads": speed.pop("threads"),
         "device": speed.pop("device"),
         "python": platform.python_version(),
-        **{name: version(packages[name][0]) for name in wanted},
+        **{name: version(name) for name in ("torch", "torchvision", "lightning")},
     }
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
     result: dict[str, Any] = {"machine": machine, "rounds": args.rounds, "epochs": args.epochs}

@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,8 @@ def keras_script(args: argparse.Namespace) -> None:
     import numpy as np
     from keras.layers import AveragePooling2D, Conv2D, Dense, Flatten
 
+    backend = import_module(keras.backend.backend())
+    print(f"Keras {keras.__version__} on {backend.__name__} {backend.__version__}")
     keras.utils.set_random_seed(args.seed)
     raw = Path(args.data_dir) / "FashionMNIST/raw"
     pixels = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16)

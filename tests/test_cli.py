@@ -39,6 +39,8 @@ def test_fit_leaves_a_complete_run_folder(cli):
     assert result["ckpt_path"] == str(RUN / "checkpoints/best.ckpt")
     assert f"python -m lenet_pl test --ckpt_path {RUN}/checkpoints/best.ckpt" in out
     assert list(RUN.glob("events.out.tfevents*"))
+    for name in ("samples", "curves", "confusion_matrix"):
+        assert (RUN / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     lines = [line for line in out.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 3
     assert re.fullmatch(

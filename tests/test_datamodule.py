@@ -7,7 +7,7 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from lenet_pl import FashionMNISTDataModule
-from lenet_pl.datamodule import shift
+from lenet_pl.datamodule import normalise, shift
 
 TRAIN, TEST = 330, 53
 
@@ -58,6 +58,13 @@ def test_an_epoch_holds_every_training_image_once_in_a_new_order(data):
         assert (match.sum(1) == 1).all()
         assert torch.equal(labels, expected_labels[match.int().argmax(1)])
     assert not torch.equal(epochs[0][0], epochs[1][0])
+
+
+def test_the_first_images_are_those_that_training_starts_with(data):
+    images, labels = data.first_images(8)
+    first_images, first_labels = next(iter(data.train_dataloader()))
+    assert torch.equal(labels, first_labels)
+    assert torch.equal(normalise(images, data.mean, data.std), first_images)
 
 
 def test_the_last_smaller_batch_is_used(data):

@@ -97,7 +97,7 @@ def test_seeds_refuse_results_of_other_settings(run_seeds):
 def test_watch(tmp_path):
     lines = "ready", "epoch 1  train_acc 80.00%  val_acc 70.00%", "epoch 2/2  train_loss 0.5  train_acc 90.00%  9.0 s"
     code = f"import time\nfor line in {lines!r}:\n    print(line)\n    time.sleep(0.2)\nb'x' * 2**26"
-    run = benchmark.watch(["-c", code], NOTHING, str(tmp_path))
+    run = benchmark.watch([sys.executable, "-c", code], NOTHING, str(tmp_path))
     assert [line for _, line in run.lines] == list(lines)
     assert run.start > 0
     assert run.epochs() == [pytest.approx(0.2, abs=0.15)]
@@ -105,8 +105,8 @@ def test_watch(tmp_path):
     assert run.train_acc == 0.9
     assert math.isnan(run.val_acc)
     assert run.memory > 64
-    with pytest.raises(SystemExit, match=r"exit code 1 of -c (.|\n)*: no luck"):
-        benchmark.watch(["-c", "import sys; sys.exit('why: no luck')"], NOTHING, str(tmp_path))
+    with pytest.raises(SystemExit, match=r"exit code 1 of .* -c (.|\n)*: no luck"):
+        benchmark.watch([sys.executable, "-c", "import sys; sys.exit('why: no luck')"], NOTHING, str(tmp_path))
 
 
 def test_differing():
