@@ -5,6 +5,7 @@
 Each seed is a process of its own running the real ``fit`` into ``runs/<recipe>-seed<S>/``. A seed whose run folder has
 a ``test.json`` is finished and not run again, an interrupted one goes on from its ``last.ckpt``; both only if their
 settings are those asked for. The table goes to the screen and to ``runs/<recipe>-seeds.md``; the last line is JSON.
+Seconds are those of results.csv: of an epoch that was interrupted only the part after it.
 """
 
 import argparse

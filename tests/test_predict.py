@@ -27,15 +27,17 @@ def trained(cli):
 
 def test_pictures_get_the_labels_of_the_tensors_they_were_made_from(trained, workdir):
     data = FashionMNIST("data", train=False)
+    mine = workdir / "mine"
+    mine.mkdir()
     for i in range(12):
-        Image.fromarray(data.data[i].numpy()).save(workdir / f"{i:02}.png")
-    (workdir / "12.png").write_bytes(b"no picture")
-    code, out, err = trained("predict", "--data.images", workdir, "--output", "here")
+        Image.fromarray(data.data[i].numpy()).save(mine / f"{i:02}.png")
+    (mine / "12.png").write_bytes(b"no picture")
+    code, out, err = trained("predict", "--data.images", mine, "--output", "here")
     assert (code, err) == (0, "")
     trained("predict", "--output", "all")
     pictures, tensors = rows("here/predictions.csv"), rows("all/predictions.csv")
     assert list(pictures[0]) == ["file", "label", "probability", "second", "third", "error"]
-    assert [r["file"] for r in pictures] == [str(workdir / f"{i:02}.png") for i in range(13)]
+    assert [r["file"] for r in pictures] == [str(mine / f"{i:02}.png") for i in range(13)]
     for picture, tensor in zip(pictures[:12], tensors, strict=False):
         assert (picture["label"], picture["second"]) == (tensor["label"], tensor["second"])
         assert float(picture["probability"]) == pytest.approx(float(tensor["probability"]), abs=1e-5)
