@@ -1,16 +1,43 @@
 """The pictures of a run: arrays in, Figure out, no global state."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from lenet_pl.checkpoint import write_atomic
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, told apart by colour-blind people too
+INK = "#1f2328"  # text and lines, and nothing else: ``svg`` gives them the page's colour
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.grid": False,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "grid.alpha": 0.15,
+    "grid.color": INK,
+    "image.interpolation": "none",  # pixels stay pixels, in SVG too
+    "legend.frameon": False,
+    "lines.markersize": 3.5,
+    "svg.hashsalt": "lenet_pl",  # the same picture is the same text
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+_styled = matplotlib.rc_context(STYLE)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -20,51 +47,74 @@ def save(figure: Figure, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def samples(images: Tensor, names: Sequence[str]) -> Figure:
-    """Shows images with their class names.
+@_styled
+def svg(figure: Figure) -> str:
+    """Returns a figure as an ``<svg>`` element to put into a page, with no background and in the page's text colour."""
+    buffer = io.StringIO()
+    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=none)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+@_styled
+def samples(images: Sequence[Tensor | None] | Tensor, captions: Sequence[str], columns: int = 5) -> Figure:
+    """Shows images in rows, each above its caption.
 
     Args:
-        images: ``[N, 1, 28, 28]``, any scale.
-        names: N names.
+        images: N of ``[1, 28, 28]``, 0 (black) to 255; None leaves a place empty.
+        captions: N texts, all of the same number of lines.
+        columns: Images in a row.
     """
-    figure = Figure(figsize=(7.5, 1.55 * -(-len(names) // 5)), layout="constrained")
-    axes = figure.subplots(-(-len(names) // 5), 5, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, image, name in zip(axes.flat, images, names, strict=False):
-        ax.imshow(image[0].cpu().numpy(), cmap="gray_r")
-        ax.set_title(name, fontsize=9)
+    lines = 1 + captions[0].count("\n")
+    font, width = (8.5, 7.5) if columns < 8 else (7.5, 9.0)  # points, inches
+    across = 28 + (8 if columns < 8 else 3)  # a cell, in pixels of the images
+    down = 29.5 + lines * font / 72 * 1.35 / (width / columns / across)
+    rows = -(-len(captions) // columns)
+    figure = Figure(figsize=(width, width * rows * down / (columns * across)))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = i % columns * across + (across - 28) / 2, i // columns * down + 0.5
+        if image is not None:
+            extent = (left, left + 28, top + 28, top)
+            ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
+            ax.text(left + 14, top + 28.7, caption, ha="center", va="top", fontsize=font)
+    ax.set(xlim=(0, columns * across), ylim=(rows * down, 0))
     return figure
 
 
-def curves(rows: Sequence[dict[str, str]]) -> Figure:
-    """Draws loss and accuracy over the epochs and marks the one with the highest validation accuracy.
+@_styled
+def curves(rows: Sequence[Mapping[str, str]], chosen: int | None = None) -> Figure:
+    """Draws loss and accuracy over the epochs.
 
     Args:
         rows: Those of results.csv.
+        chosen: The epoch to mark, 1 for the first; by default the one with the highest validation accuracy.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
     val = [row for row in rows if row["val_acc"]]
-    best = max(val, key=lambda row: float(row["val_acc"])) if val else None
-    for ax, kind, title, scale in zip(
-        figure.subplots(1, 2), ("loss", "acc"), ("loss", "accuracy, %"), (1, 100), strict=True
-    ):
-        for name, some, colour in (("train", rows, BLUE), ("val", val, ORANGE)):
+    if chosen is None and val:
+        chosen = int(max(val, key=lambda row: float(row["val_acc"]))["epoch"])
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for ax, kind, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss, nats", "accuracy"), strict=True):
+        for name, label, some, colour in (("train", "training", rows, BLUE), ("val", "validation", val, ORANGE)):
             if some:
-                x = [int(row["epoch"]) for row in some]
-                y = [scale * float(row[f"{name}_{kind}"]) for row in some]
-                ax.plot(x, y, color=colour, marker="o", markersize=3, label={"val": "validation"}.get(name, name))
-        if best:
-            ax.axvline(int(best["epoch"]), color="grey", linestyle=":", label=f"best, epoch {best['epoch']}")
+                values = [float(row[f"{name}_{kind}"]) for row in some]
+                ax.plot([int(row["epoch"]) for row in some], values, "o-", color=colour, label=label)
+        if chosen is not None:
+            ax.axvline(chosen, color=INK, linestyle=":", label=f"epoch {chosen}, chosen")
         ax.set(xlabel="epoch", title=title)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
-        ax.legend(frameon=False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if kind == "acc":
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.grid()
+        ax.legend()
     return figure
 
 
+@_styled
 def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
-    """Draws counts, coloured by their share of the row.
+    """Draws counts and their share of the row; the colour is the share's, small ones spread.
 
     Args:
         counts: ``[C, C]``, true class by row, predicted class by column.
@@ -72,22 +122,85 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
     """
     matrix = counts.cpu().numpy()
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
     ax = figure.subplots()
-    image = ax.imshow(share, cmap="cividis", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class")
+    norm = PowerNorm(0.5, 0, 1)
+    image = ax.imshow(share, cmap="cividis", norm=norm, aspect="auto")
+    figure.colorbar(image, label="share of the true class", format=PercentFormatter(1), pad=0.02, aspect=40)
     for (row, column), count in np.ndenumerate(matrix):
-        ax.text(
-            column,
-            row,
-            count,
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="black" if share[row, column] > 0.5 else "white",
-        )
-    ticks = range(len(names))
-    ax.set_xticks(ticks, names, rotation=45, ha="right")
-    ax.set_yticks(ticks, names)
-    ax.set(xlabel="predicted", ylabel="true")
+        colour = "black" if norm(share[row, column]) > 0.55 else "white"
+        text = f"{count}\n{share[row, column]:.1%}" if count else "0"
+        ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    return figure
+
+
+@_styled
+def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> Figure:
+    """Draws how often the net is right when it is so sure, and how often it is so sure.
+
+    Args:
+        confidence: Probability of the predicted class, ``[N]``, 0..1.
+        correct: Whether that was right, ``[N]``.
+        bins: Number of equal bins, as in the expected calibration error.
+    """
+    x, hits = confidence.cpu().numpy(), correct.float().cpu().numpy()
+    n, edges = np.histogram(x, bins, (0, 1))
+    right, sure = (np.histogram(x, bins, (0, 1), weights=w)[0][n > 0] / n[n > 0] for w in (hits, x))
+    figure = Figure(figsize=(6, 5.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    middles = (edges[:-1] + edges[1:]) / 2
+    top.bar(middles[n > 0], right, 0.92 / bins, color=BLUE, label="right, of those in the bin")
+    top.plot(sure, sure, "o--", color=ORANGE, label="mean confidence: perfect calibration")
+    top.set(ylabel="accuracy", ylim=(0, 1.02))
+    top.legend(loc="upper left")
+    bottom.bar(middles, n, 0.92 / bins, color=BLUE)
+    bottom.set(xlabel="confidence: probability of the predicted class", ylabel="images", yscale="log", xlim=(0, 1))
+    for ax in (top, bottom):
+        ax.grid(axis="y")
+    for axis in (top.yaxis, bottom.xaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+@_styled
+def filters(weights: Tensor, image: Tensor, responses: Tensor) -> Figure:
+    """Shows the first layer's filters above what each makes of an image; orange is positive, purple negative.
+
+    Args:
+        weights: ``[F, 1, k, k]``.
+        image: ``[1, 28, 28]``.
+        responses: ``[F, h, w]``.
+    """
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    upper, lower = figure.subplots(2, 1 + len(weights))
+    for ax in (*upper, *lower):
+        ax.set_axis_off()
+    lower[0].imshow(image[0].cpu().numpy(), cmap="gray")
+    lower[0].set_title("an image")
+    for row, maps in ((upper[1:], weights[:, 0]), (lower[1:], responses)):
+        for i, (ax, values) in enumerate(zip(row, maps.cpu().numpy(), strict=True), start=1):
+            most = np.abs(values).max()
+            ax.imshow(values, cmap="PuOr_r", vmin=-most, vmax=most)
+            ax.set_title(f"filter {i}" if row[0] is upper[1] else f"through {i}")
+    return figure
+
+
+@_styled
+def robustness(panels: Mapping[str, Mapping[str, Mapping[float, float]]]) -> Figure:
+    """Draws accuracy against damage: for each panel its axis label and lines, each a name and y by x."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(1, len(panels), sharey=True)
+    for ax, (label, lines) in zip(axes, panels.items(), strict=True):
+        for (name, points), look in zip(lines.items(), ((BLUE, "o-"), (ORANGE, "s--")), strict=False):
+            ax.plot(list(points), list(points.values()), look[1], color=look[0], label=name)
+        ax.set(xlabel=label, ylim=(0, 1))
+        ax.grid()
+        ax.legend(loc="lower center")
+    axes[0].set_ylabel("accuracy")
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     return figure

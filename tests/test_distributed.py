@@ -59,7 +59,8 @@ def check_like_one_process(run, single, k=1):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("k", [1, 50])
 def test_lightnings_own_launcher_trains_like_one_process(cli, script, k):
     # 270 images in global batches of 10: no rest, so no image is repeated to fill the shares
     code, _, err = cli("fit", *TINY, "--data.batch_size", 10, "--name", "single", "--data.flip", "true")

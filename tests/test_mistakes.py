@@ -180,7 +180,7 @@ def test_debug_shows_the_traceback(cli, mistakes, monkeypatch):
 
 words = st.text("abcdefghilmnoprstuvxyz_.-=0123456789 []{}:,'\"\\\n", max_size=30)
 quick = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

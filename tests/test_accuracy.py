@@ -1,0 +1,44 @@
+"""On the real data: the quick recipe still reaches its accuracy, and fitting leaves the test images alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lenet_pl import datamodule, download
+from lenet_pl.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.data
+def test_fast_reaches_its_accuracy(tmp_path, monkeypatch):
+    try:
+        download.ensure(ROOT / "data")
+    except download.DataError as error:
+        pytest.skip(f"the real data cannot be had: {error}")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(ROOT / "configs/fast.yaml")]) == 0
+    result = json.loads(Path("runs/fast/version_0/test.json").read_text())
+    assert result["n"] == 10_000
+    assert result["test_acc"] >= 0.905  # ten seeds gave at least @@FAST_MIN@@
+
+
+def test_the_test_images_are_first_read_when_training_has_ended(cli, monkeypatch):
+    events, real = [], datamodule.FashionMNISTDataModule._read
+    monkeypatch.setattr(
+        datamodule.FashionMNISTDataModule,
+        "_read",
+        lambda self, train: events.append("train images" if train else "test images") or real(self, train),
+    )
+    monkeypatch.setattr("builtins.print", lambda *args, **k: events.append(str(args[0]).split("  ")[0]))
+    assert cli("fit", "--data.val_size", 60, "--trainer.max_epochs", 2)[0] == 0
+    order = [e for e in events if e.endswith("images") or e.startswith(("epoch", "Test"))]
+    assert [e.split(":")[0] for e in order] == [
+        "train images",
+        "epoch 1/2",
+        "epoch 2/2",
+        "test images",
+        "Test accuracy",
+    ]
