@@ -11,7 +11,8 @@ COMMANDS = {
     "fit": "train; at the end score the best checkpoint on the test set",
     "validate": "score a checkpoint on the validation images",
     "test": "score a checkpoint on the 10,000 test images",
-    "predict": "classify the test images",
+    "predict": "classify pictures of your own, or the test images",
+    "report": "curves, confusions, calibration and mistakes of a checkpoint on one page",
 }
 USAGE = f"""\
 LeNet-5 on Fashion-MNIST with PyTorch Lightning, version {__version__}

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import rich
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.model_summary.model_summary import LayerSummary
 from rich.table import Column, Table
+from rich.text import Text
 
 from lenet_pl.checkpoint import write_atomic
+from lenet_pl.lenet import layers
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 
@@ -152,18 +152,12 @@ class Summary(Callback):
         """Prints the table."""
         if not trainer.is_global_zero:
             return
-        net = pl_module.net
-        layers = [LayerSummary(layer) for layer in (*net.features, *net.classifier)]
-        net.eval()(torch.zeros(1, 1, 28, 28, device=pl_module.device))
-        net.train()
+        rows = layers(pl_module.net)
         table = Table("layer", "output shape", Column("parameters", justify="right"))
-        for layer in layers:
-            table.add_row(
-                layer.layer_type, str(["N", *layer.out_size[1:]]).replace("'", ""), f"{layer.num_parameters:,}"
-            )
-            layer.detach_hook()
+        for kind, shape, parameters in rows:
+            table.add_row(kind, Text(shape), f"{parameters:,}")
         table.add_section()
-        table.add_row("total", "", f"{sum(layer.num_parameters for layer in layers):,}")
+        table.add_row("total", "", f"{sum(parameters for *_, parameters in rows):,}")
         rich.print(table)
 
 

@@ -23,11 +23,24 @@ from lightning.pytorch.utilities import rank_zero_only
 from lenet_pl import checkpoint
 from lenet_pl.callbacks import BestCheckpoint, EpochBar, GracefulStop, RunFolder, Stopped, Summary
 from lenet_pl.checkpoint import AtomicCheckpointIO, CheckpointError
-from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
+from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import UsageError, check, check_file, explain, fail, quiet, refused
 from lenet_pl.module import LitLeNet
 
 say = rank_zero_only(print)
+
+
+class Commands(Trainer):
+    """Lightning's Trainer, with the commands that it lacks: LightningCLI takes their arguments from here."""
+
+    def report(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str | None = None) -> None:
+        """Writes report.html, with curves, confusions, calibration and mistakes, from a checkpoint.
+
+        Args:
+            model: The net.
+            datamodule: The data.
+            ckpt_path: A file, or best or last of the newest run.
+        """
 
 
 class CLI(LightningCLI):
@@ -40,6 +53,7 @@ class CLI(LightningCLI):
         super().__init__(
             LitLeNet,
             FashionMNISTDataModule,
+            trainer_class=Commands,
             save_config_callback=None,  # RunFolder writes it
             trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
             seed_everything_default=0,
@@ -58,6 +72,7 @@ class CLI(LightningCLI):
             "validate": skip - {"return_predictions"},
             "test": skip - {"return_predictions"},
             "predict": skip - {"verbose"},
+            "report": {"model", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -221,20 +236,16 @@ class CLI(LightningCLI):
         if path is None:
             raise UsageError("no training step was run, so there is nothing to score; allow more trainer.max_time")
         self.test(model, datamodule, str(path))
-        self._draw(self.run_folder, model, datamodule)
+        self.report(model, datamodule, str(path))
         say(f"run folder: {self.run_folder.path}\nnext: python -m lenet_pl test --ckpt_path {path}")
 
-    def _draw(self, run: RunFolder, model: LitLeNet, datamodule: FashionMNISTDataModule) -> None:
-        """Adds the pictures to the run folder."""
-        from lenet_pl import plots  # matplotlib takes a second
+    def report(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
+        """Writes report.html and its pictures from a checkpoint alone."""
+        from lenet_pl import report  # matplotlib takes a second
 
-        counts = model.confusion.compute()
         if self.trainer.is_global_zero:
-            names = FashionMNIST.classes
-            images, labels = datamodule.first_images(25)
-            plots.save(plots.samples(images, [names[label] for label in labels]), run.path / "samples.png")
-            plots.save(plots.curves(run.rows()), run.path / "curves.png")
-            plots.save(plots.confusion_matrix(counts, names), run.path / "confusion_matrix.png")
+            model.load_state_dict(checkpoint.load(ckpt_path)["state_dict"])
+            say(f"report: {report.write(Path(ckpt_path), model, datamodule)}")
 
     def validate(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Scores a checkpoint on the validation images."""

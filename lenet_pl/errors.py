@@ -70,6 +70,8 @@ def check(command: str, config: Any) -> None:
             raise UsageError(f"trainer.{name}={value}: expected a number above 0")
     if "://" in str(trainer.default_root_dir):
         raise UsageError(f"trainer.default_root_dir={trainer.default_root_dir}: expected a folder of this machine")
+    if re.search("spawn|fork|notebook", str(trainer.strategy)):  # these hand weights over in files of their own kind
+        raise UsageError(f"trainer.strategy={trainer.strategy}: expected auto or ddp")
     there = {name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()}
     known = there | {"auto"} | ({"gpu"} if there & {"cuda", "mps"} else set())
     if isinstance(trainer.accelerator, str) and trainer.accelerator not in known:

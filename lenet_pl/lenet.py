@@ -1,5 +1,6 @@
 """The network: the article's LeNet-5 and the 1998 original, in plain torch."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,3 +59,16 @@ class LeNet5(nn.Module):
         """
         logits: Tensor = self.classifier(self.features(images))
         return logits
+
+
+def layers(net: LeNet5) -> list[tuple[str, str, int]]:
+    """Returns each layer's kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters."""
+    training, rows = net.training, []
+    x = torch.zeros(1, 1, 28, 28, device=next(net.parameters()).device)
+    net.eval()  # dropout draws no random numbers
+    for layer in (*net.features, *net.classifier):
+        x = layer(x)
+        shape = ", ".join(["N", *map(str, x.shape[1:])])
+        rows.append((type(layer).__name__, f"[{shape}]", sum(p.numel() for p in layer.parameters())))
+    net.train(training)
+    return rows

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAccuracy
 
 from lenet_pl.checkpoint import CheckpointError
 from lenet_pl.datamodule import Batch
@@ -75,7 +75,6 @@ class LitLeNet(LightningModule):
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")
             self.metrics[f"{stage}_acc"] = MulticlassAccuracy(10, average="micro", validate_args=False)
-        self.confusion = MulticlassConfusionMatrix(10)  # of the test images; true class by row
         self.block = 1
         self.seed = 0
 
@@ -184,26 +183,24 @@ class LitLeNet(LightningModule):
         metrics[f"{stage}_acc"].update(logits, labels)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
-    def _evaluate(self, stage: str, batch: Batch) -> Tensor:
+    def _evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
         with torch.autocast(self.device.type, enabled=False):  # a score does not depend on the training's precision
             logits = self(images)
             self._log(stage, logits, F.cross_entropy(logits, labels), labels)
-        return logits  # type: ignore[no-any-return]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
         self._evaluate("val", batch)
 
     def on_test_epoch_start(self) -> None:
-        """Starts the counts of test images."""
+        """Starts the count of test images."""
         self.images_tested = 0
-        self.confusion.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics."""
         self.images_tested += len(batch[1])
-        self.confusion.update(self._evaluate("test", batch), batch[1])
+        self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:
         """Adds up the images of all processes."""

@@ -1,7 +1,6 @@
 """What a checkpoint is worth, on one page: ``report.html`` and its pictures."""
 
 import contextlib
-import csv
 import inspect
 import os
 import platform
@@ -24,8 +23,9 @@ from torchmetrics.functional import classification as metrics
 from torchvision.transforms.v2.functional import InterpolationMode, affine
 
 from lenet_pl import __version__, checkpoint, plots
+from lenet_pl.callbacks import RunFolder
 from lenet_pl.datamodule import EVAL_BATCH_SIZE, FashionMNIST, FashionMNISTDataModule, generator, normalise
-from lenet_pl.lenet import LeNet5
+from lenet_pl.lenet import layers
 from lenet_pl.module import LitLeNet
 
 HERE = Path(__file__).parent
@@ -53,12 +53,14 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
     """
     state = checkpoint.load(ckpt_path)
     folder = checkpoint.run_folder(ckpt_path) or ckpt_path.parent
-    rows, config = _rows(folder / "results.csv"), _config(folder / "config.yaml")
-    epoch = state["epoch"] + 1
+    rows, epoch = RunFolder(folder, "").rows(), state["epoch"] + 1
+    config = folder / "config.yaml"
+    trainer = yaml.safe_load(config.read_text("utf-8"))["trainer"] if config.is_file() else {}
     data.seed = state["seed"]
-    data.prepare_data()
-    data.setup("validate")  # reads the training images too
-    data.setup("test")
+    if data.train_set is None or data.test_set is None:
+        data.prepare_data()
+        data.setup("validate")  # reads the training images too
+        data.setup("test")
     assert data.train_set is not None
     assert data.test_set is not None
     images, labels = (t.cpu() for t in data.test_set)
@@ -78,7 +80,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         epoch=epoch,
         rows=rows,
         row=next((row for row in rows if int(row["epoch"]) == epoch), None),
-        trainer=config,
+        trainer=trainer,
         pictures={name: Markup(plots.svg(figure)) for name, figure in figures.items()},
         scores=_scores(logits, labels),
         layers=layers(model.net),
@@ -88,38 +90,12 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         differences=[
             *_differences("model", LitLeNet, model.hparams),
             *_differences("data", FashionMNISTDataModule, data.hparams),
-            *_differences("trainer", Trainer, config, TRAINER),
+            *_differences("trainer", Trainer, trainer, TRAINER),
         ],
         made=_made(model.device),
     )
     checkpoint.write_atomic(folder / "report.html", html.encode())
     return folder / "report.html"
-
-
-def layers(net: LeNet5) -> list[tuple[str, str, int]]:
-    """Returns each layer's kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters."""
-    training, rows = net.training, []
-    x = torch.zeros(1, 1, 28, 28, device=next(net.parameters()).device)
-    net.eval()  # dropout draws no random numbers
-    for layer in (*net.features, *net.classifier):
-        x = layer(x)
-        shape = ", ".join(["N", *map(str, x.shape[1:])])
-        rows.append((type(layer).__name__, f"[{shape}]", sum(p.numel() for p in layer.parameters())))
-    net.train(training)
-    return rows
-
-
-def _rows(results: Path) -> list[dict[str, str]]:
-    if not results.is_file():
-        return []
-    with results.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get("seconds")]
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Returns the Trainer's part of config.yaml."""
-    content = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else None
-    return content.get("trainer") or {} if isinstance(content, dict) else {}
 
 
 @torch.inference_mode()
@@ -153,7 +129,7 @@ def _figures(model: LitLeNet, data: FashionMNISTDataModule, net: Any, logits: Te
     correct = predicted == labels
     first_images, first_labels = data.first_images(25)
     counts = metrics.multiclass_confusion_matrix(logits, labels, len(NAMES))
-    some, some_labels = images[:1000], labels[:1000]
+    some, some_labels = images[:500], labels[:500]
     damage = _robustness(some, lambda x: (_logits(model, data, x).argmax(1) == some_labels).double().mean().item())
     figures = {
         "samples": plots.samples(first_images, [NAMES[label] for label in first_labels]),
@@ -228,7 +204,7 @@ def _made(device: torch.device) -> dict[str, str]:
         "Made": datetime.now().astimezone().isoformat(" ", "seconds"),
         "Versions": f"lenet_pl {__version__}, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in packages),
-        "Machine": f"{platform.system()}, {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "Machine": f"{platform.system()}, {cpu}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}",
     }
     if device.type == "cuda":
         made["GPU"] = torch.cuda.get_device_name(device)

@@ -87,6 +87,13 @@ def spawn(workdir, tiny):
 
 
 @pytest.fixture(autouse=True)
+def quick_end_of_fit(request, monkeypatch):
+    """Leaves the report at the end of a fit to the tests that are marked for it: it takes longer than a tiny fit."""
+    if "report" not in request.keywords:
+        monkeypatch.setattr("lenet_pl.cli.CLI.report", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Tiny batches are quickest on one thread, and two threads would fight over two cores with subprocesses."""
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lenet_pl import cli as _cli  # noqa: F401 (takes hold of the real print before a test replaces it)
 from lenet_pl import datamodule, download
 from lenet_pl.__main__ import main
 

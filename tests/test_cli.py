@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RUN = Path("runs/lenet/version_0")
 
 
+@pytest.mark.report
 def test_fit_leaves_a_complete_run_folder(cli):
     code, out, err = cli("fit", "--config", CONFIGS / "lenet.yaml", *TINY)
     assert (code, err) == (0, "")
@@ -41,6 +42,7 @@ def test_fit_leaves_a_complete_run_folder(cli):
     assert list(RUN.glob("events.out.tfevents*"))
     for name in ("samples", "curves", "confusion_matrix"):
         assert (RUN / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{result['test_acc']:.2%}" in (RUN / "report.html").read_text()
     lines = [line for line in out.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 3
     assert re.fullmatch(

@@ -1,0 +1,333 @@
+"""The report: its numbers, its pictures, and that it needs nothing from outside, in a real browser too."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import combinations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from conftest import TEST
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from PIL import Image
+
+from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, download, plots, report
+from lenet_pl.__main__ import main
+from lenet_pl.lenet import layers
+
+ALWAYS = {"samples", "confusion_matrix", "reliability", "robustness", "right_and_wrong", "filters"}
+SETTINGS = {"data.val_size": 60, "data.batch_size": 8, "data.flip": True, "model.ema_decay": 0.9}
+SETTINGS |= {"model.schedule": "one_cycle", "model.lr": 0.0005, "trainer.max_epochs": 2}
+
+
+def load(path):
+    """Returns model and data as the command line makes them from a checkpoint."""
+    state = torch.load(path, weights_only=True)
+    model = LitLeNet(**state["hyper_parameters"])
+    model.load_state_dict(state["state_dict"])
+    return model.eval(), FashionMNISTDataModule(**state["datamodule_hyper_parameters"])
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A current folder with the tiny data, for all tests of this file."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "data").symlink_to(tiny[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "FILES", tiny[1])
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def ckpt(place):
+    torch.set_num_threads(1)
+    flags = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value).lower())]
+    assert main(["fit", *flags, "--seed_everything", "5"]) == 0
+    return place / "runs/lenet/version_0/checkpoints/best.ckpt"
+
+
+@pytest.fixture(scope="module")
+def page(ckpt):
+    return ckpt.parents[1] / "report.html"  # of the end of fit
+
+
+class Parser(HTMLParser):
+    """Collects what a page refers to, and the text of its table cells and of its terms."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.rows, self.cell = set(), [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        names = ("src", "href", "xlink:href", "srcset", "data", "poster", "action", "background")
+        self.links += [value for name, value in attrs if name in names]
+        if tag in ("tr", "div"):
+            self.rows.append([])
+        self.cell = [] if tag in ("td", "th", "dt", "dd") else self.cell
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell.append(data)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th", "dt", "dd"):
+            self.rows[-1].append(" ".join("".join(self.cell).split()))
+            self.cell = None
+
+    def row(self, first):
+        return next(row[1:] for row in self.rows if row[:1] == [first])
+
+
+def truth(ckpt):
+    """Returns probabilities and labels of the test images, worked out apart."""
+    model, data = load(ckpt)
+    data.setup("test")
+    x = (data.test_set[0].float() / 255 - data.mean) / data.std
+    with torch.inference_mode():
+        return model(x).softmax(1).numpy(), data.test_set[1].numpy()
+
+
+def test_the_pictures_are_there_and_drawn(page):
+    for name in ALWAYS | {"curves", "mistakes"}:
+        with Image.open(page.parent / f"{name}.png") as picture:
+            assert min(picture.size) > 200, name
+            assert len(picture.convert("RGB").getcolors(10**6)) > 10, name
+    assert not list(page.parent.glob(".*"))
+
+
+def test_the_page_refers_to_nothing_outside(page):
+    text = page.read_text()
+    parser = Parser(text)
+    assert parser.links
+    assert all(link.startswith(("data:", "#")) for link in parser.links)
+    assert not parser.tags & {"script", "link", "iframe", "object", "embed"}
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert "default-src 'none'" in text
+    assert text.count("<svg") == len(ALWAYS) + 2
+
+
+def test_the_scores_are_those_of_test_json(page):
+    rows = Parser(page.read_text()).rows
+    result = json.loads((page.parent / "test.json").read_text())
+    numbers = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert numbers[f"test accuracy, {TEST} images"] == f"{result['test_acc']:.2%}"
+    assert numbers["test loss, nats"] == f"{result['test_loss']:.4f}"
+
+
+def test_the_scores_follow_from_their_definitions(page, ckpt):
+    probabilities, labels = truth(ckpt)
+    predicted, sure = probabilities.argmax(1), probabilities.max(1)
+    parser, f1s = Parser(page.read_text()), []
+    for label, name in enumerate(report.NAMES):
+        hits = ((predicted == label) & (labels == label)).sum()
+        called, there = (predicted == label).sum(), (labels == label).sum()
+        precision, recall, f1 = hits / max(called, 1), hits / max(there, 1), 2 * hits / max(called + there, 1)
+        assert parser.row(name) == [f"{precision:.2%}", f"{recall:.2%}", f"{f1:.2%}", str(there)]
+        f1s.append(f1)
+    bins = np.ceil(sure * 15)
+    gaps = [abs((predicted == labels)[bins == b].sum() - sure[bins == b].sum()) for b in range(1, 16)]
+    numbers = {row[0]: row[1] for row in parser.rows if len(row) == 2}
+    assert numbers["expected calibration error"] == f"{sum(gaps) / TEST:.2%}"
+    assert numbers["mean F1 of the classes"] == f"{np.mean(f1s):.2%}"
+
+
+def test_what_the_pictures_get(ckpt, monkeypatch, page):
+    given = {}
+
+    def spy(name, draw):
+        def spied(*args, **options):
+            given.setdefault(name, []).append(args)
+            return draw(*args, **options)
+
+        monkeypatch.setattr(plots, name, spied)
+
+    for name in ("samples", "confusion_matrix", "curves", "robustness"):
+        spy(name, getattr(plots, name))
+    model, data = load(ckpt)
+    report.write(ckpt, model, data)
+    probabilities, labels = truth(ckpt)
+    predicted = probabilities.argmax(1)
+    counts = np.zeros((10, 10), int)
+    np.add.at(counts, (labels, predicted), 1)
+    assert np.array_equal(given["confusion_matrix"][0][0], counts)
+    (first, names), (_, mistakes), (_, right_and_wrong) = given["samples"]
+    loader = data.train_dataloader()
+    assert loader.data.seed == 5
+    assert torch.equal(first[:8], loader.images[torch.randperm(270, generator=report.generator(5, 0))[:8]])
+    assert len(names) == 25
+    sure = sorted((p.max() for p, k, y in zip(probabilities, predicted, labels, strict=True) if k != y), reverse=True)
+    assert [float(c.split("%")[0].split()[-1]) for c in mistakes] == [round(100 * float(s), 1) for s in sure[:25]]
+    assert [c[2:] for c in right_and_wrong[:10] if c] == [n for n in report.NAMES if f"✓ {n}" in right_and_wrong[:10]]
+    assert given["curves"][0][1] == torch.load(ckpt, weights_only=True)["epoch"] + 1
+    for lines in given["robustness"][0][0].values():
+        for points in lines.values():
+            assert points[0] == (predicted == labels).mean()  # undamaged
+            assert points[max(points)] < points[0]
+
+
+def test_the_differences_are_the_flags_given(page):
+    found = re.findall(r"<th scope=\"row\"><code>([\w.]+)</code></th><td>(.*?)</td>", page.read_text())
+    assert dict(found) == {name: str(value) for name, value in SETTINGS.items()}
+    assert len(found) == len(SETTINGS)
+
+
+def test_the_article_beside(page):
+    parser = Parser(page.read_text())
+    assert parser.row("training images")[:2] == ["60,000", "270"]
+    assert parser.row("net") == ["107,786 parameters", "107,786 parameters", "the same"]
+    assert parser.row("optimizer")[1] == "Adam, lr 0.0005 at the peak of one cycle, ε 1e-8"
+    assert parser.row("beyond that")[1] == "mirrored images, averaged weights (decay 0.9)"
+    assert all(row[-1] for row in parser.rows if len(row) == 4)  # no difference without a word on it
+
+
+def test_a_checkpoint_alone_is_enough(ckpt, place):
+    folder = place / "<b>x&y"  # what a name holds is text
+    folder.mkdir()
+    page = report.write(shutil.copy(ckpt, folder / "best.ckpt"), *load(ckpt))
+    text = page.read_text()
+    assert page.parent == folder
+    assert {path.stem for path in folder.glob("*.png")} == ALWAYS | {"mistakes"}
+    assert "no <code>results.csv</code>" in text
+    assert "no <code>config.yaml</code>" in text
+    assert "&lt;b&gt;x&amp;y" in text
+    assert "<b>" not in text
+
+
+def test_a_net_without_mistakes(ckpt, place, monkeypatch):
+    model, data = load(ckpt)
+    data.setup("test")
+    monkeypatch.setattr(report, "_logits", lambda *_: 30 * torch.nn.functional.one_hot(data.test_set[1], 10).float())
+    (place / "perfect").mkdir()
+    page = report.write(shutil.copy(ckpt, place / "perfect/best.ckpt"), model, data)
+    assert "None: every test image" in page.read_text()
+    assert not (page.parent / "mistakes.png").exists()
+
+
+@pytest.mark.parametrize(("variant", "total"), [("article", 107_786), ("classic", 61_706)])
+def test_layers(variant, total):
+    net, random = LeNet5(variant, dropout=0.5), torch.get_rng_state()
+    rows = layers(net)
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert rows[0] == ("Conv2d", "[N, 6, 28, 28]", 156)
+    assert rows[-1] == ("Linear", "[N, 10]", 850)
+    assert sum(n for *_, n in rows) == total
+
+
+def figures():
+    """Each picture with what makes it crowded: the longest names, the largest counts, one epoch."""
+    image = torch.full((1, 28, 28), 100, dtype=torch.uint8)
+    row = dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc"), "0.5")
+    confidence = torch.linspace(0, 1, 101)
+    lines = {name: dict.fromkeys(range(-45, 46, 15), 0.9) for name in ("rotated", "slanted")}
+    yield "samples", plots.samples([image] * 12, ["T-shirt/top 100.0%\nis: T-shirt/top"] * 12)
+    yield "right_and_wrong", plots.samples([image, None] * 10, ["✗ T-shirt/top", ""] * 10, columns=10)
+    yield "one_epoch", plots.curves([{"epoch": "1", **row}])
+    yield "curves", plots.curves([{"epoch": str(e), **row} for e in range(1, 201)], 200)
+    yield "confusion_matrix", plots.confusion_matrix(torch.full((10, 10), 10_000), report.NAMES)
+    yield "reliability", plots.reliability(confidence, confidence > 0.5)
+    yield "filters", plots.filters(torch.randn(6, 1, 5, 5), image, torch.randn(6, 28, 28))
+    yield "robustness", plots.robustness(dict.fromkeys("abc", lines))
+
+
+def test_no_labels_overlap_or_are_cut_off():
+    for name, figure in figures():
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        boxes = [t.get_window_extent(canvas.get_renderer()) for t in texts if t.axes is None or _shown(t)]
+        assert len(boxes) > 5, name
+        for box in boxes:
+            assert box.x0 >= -1, name
+            assert box.y0 >= -1, name
+            assert box.x1 <= figure.bbox.x1 + 1, name
+            assert box.y1 <= figure.bbox.y1 + 1, name
+        for one, other in combinations(boxes, 2):
+            assert not one.padded(-1).overlaps(other.padded(-1)), name
+
+
+def _shown(text):
+    """Whether a text is no tick label outside its axis."""
+    ticks = [(axis, tick) for axis in (text.axes.xaxis, text.axes.yaxis) for tick in axis.get_major_ticks()]
+    for axis, tick in ticks:
+        if text in (tick.label1, tick.label2):
+            low, high = sorted(axis.get_view_interval())
+            return low <= tick.get_loc() <= high
+    return True
+
+
+def test_svg_takes_the_colours_of_its_page():
+    before = dict(matplotlib.rcParams)
+    for name, figure in figures():
+        text = plots.svg(figure)
+        assert text.startswith("<svg"), name
+        assert "currentColor" in text, name
+        assert plots.INK not in text, name
+        assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), name
+    assert {**matplotlib.rcParams, "backend": before["backend"]} == before  # found out when first asked for
+
+
+def test_confusion_matrix_shows_counts_and_shares():
+    figure = plots.confusion_matrix(torch.tensor([[3, 1], [0, 0]]), ["a", "b"])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["3\n75.0%", "1\n25.0%", "0", "0"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'lenet_pl[test]'")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=flags, timeout=60_000)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
+def test_a_browser_draws_it_all_and_fetches_nothing(page, browser, scheme, width):
+    requests, complaints = [], []
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.goto(page.as_uri())
+    pictures = tab.evaluate(
+        """async () => {
+          const loaded = async image => {
+            const copy = new Image()
+            copy.src = image.href.baseVal
+            await copy.decode()
+            return copy.naturalWidth * image.getBoundingClientRect().width
+          }
+          return Promise.all([...document.querySelectorAll(".picture svg")].map(async svg => ({
+            width: svg.getBoundingClientRect().width,
+            height: svg.getBoundingClientRect().height,
+            pixels: await Promise.all([...svg.querySelectorAll("image")].map(loaded)),
+            ink: getComputedStyle(svg.querySelector("[style*=currentColor]")).fill,
+          })))
+        }"""
+    )
+    assert len(pictures) == len(ALWAYS) + 2
+    text, paper = tab.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (text, paper)]
+    assert (light[0] < 0.3 and light[1] > 0.9) if scheme == "light" else (light[0] > 0.8 and light[1] < 0.15)
+    for picture in pictures:
+        assert picture["width"] > 300
+        assert picture["height"] > 150
+        assert all(picture["pixels"])
+        assert picture["ink"] == text
+    assert sum(len(picture["pixels"]) for picture in pictures) > 60
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert (requests, complaints) == ([page.as_uri()], [])
+    tab.close()
