@@ -47,7 +47,8 @@ class RunFolder(Callback):
             return
         if trainer.is_global_zero:
             self.path = self.resumed or self._next_version()
-            write_atomic(self.path / "config.yaml", self.config.encode())
+            if not self.resumed:
+                write_atomic(self.path / "config.yaml", self.config.encode())
         self.path = trainer.strategy.broadcast(self.path)
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str((self.path / "checkpoints").resolve())  # type: ignore[attr-defined]
@@ -76,9 +77,10 @@ class RunFolder(Callback):
                 state["best_model_path"] = str(folder / Path(state["best_model_path"]).name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Drops what an interrupted run wrote after the checkpoint it goes on from."""
+        """Notes the settings a run goes on with, and drops what it wrote after the checkpoint it goes on from."""
         self.started = time.perf_counter()
-        if self.resumed and trainer.is_global_zero:
+        if self.resumed and trainer.is_global_zero:  # the checkpoint has been accepted
+            write_atomic(self.path / "config.yaml", self.config.encode())
             self._write([row for row in self.rows() if int(row["epoch"]) <= trainer.current_epoch])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:

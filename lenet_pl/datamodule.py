@@ -170,8 +170,10 @@ class FashionMNISTDataModule(LightningDataModule):
         ):
             if not low <= value <= high:
                 raise ValueError(f"data.{name}={value}: expected an integer from {low} to {high}")
-        if not std > 0:
-            raise ValueError(f"data.std={std}: expected a number above 0, such as 0.353")
+        if not abs(mean) < float("inf"):
+            raise ValueError(f"data.mean={mean}: expected a finite number, such as 0.286")
+        if not 0 < std < float("inf"):
+            raise ValueError(f"data.std={std}: expected a finite number above 0, such as 0.353")
         self.save_hyperparameters(ignore=["images", "preprocess"])
         self.files = pictures.find(images) if images else []
         self.preprocess, self.errors = preprocess, dict[Path, str]()  # the pictures that could not be read, and why

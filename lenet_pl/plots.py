@@ -150,12 +150,18 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> Figure:
     figure = Figure(figsize=(6, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     middles = (edges[:-1] + edges[1:]) / 2
-    top.bar(middles[n > 0], right, 0.92 / bins, color=BLUE, label="right, of those in the bin")
-    top.plot(sure, sure, "o--", color=ORANGE, label="mean confidence: perfect calibration")
+    top.bar(middles[n > 0], right, 0.92 / bins, color=BLUE, label="this net")
+    top.plot(sure, sure, "o--", color=ORANGE, label="perfect calibration")
     top.set(ylabel="accuracy", ylim=(0, 1.02))
     top.legend(loc="upper left")
     bottom.bar(middles, n, 0.92 / bins, color=BLUE)
-    bottom.set(xlabel="confidence: probability of the predicted class", ylabel="images", yscale="log", xlim=(0, 1))
+    bottom.set(
+        xlabel="confidence: probability of the predicted class",
+        ylabel="images",
+        yscale="log",
+        xlim=(0, 1),
+        ylim=(0.7, None),
+    )
     for ax in (top, bottom):
         ax.grid(axis="y")
     for axis in (top.yaxis, bottom.xaxis):
