@@ -166,6 +166,9 @@ class Summary(Callback):
 class EpochBar(RichProgressBar):
     """An epoch's progress on a terminal, with the metrics so far; the finished epochs are lines above it."""
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted like results.csv and the lines
+
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """Returns the metrics as text, accuracies in per cent."""
         metrics = super().get_metrics(trainer, pl_module)

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ class CLI(LightningCLI):
         callbacks = trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         training = self.subcommand == "fit" and not trainer.fast_dev_run
-        tensorboard = training and trainer.logger in (None, True)
+        tensorboard = training and trainer.logger in (None, True) and find_spec("tensorboard") is not None
         if training:
             folder = checkpoint.run_folder(Path(config.ckpt_path)) if config.ckpt_path else None
             step = self.checkpoint.get("global_step", 0)

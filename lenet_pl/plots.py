@@ -81,30 +81,27 @@ def samples(images: Sequence[Tensor | None] | Tensor, captions: Sequence[str], c
 
 
 @_styled
-def curves(rows: Sequence[Mapping[str, str]], chosen: int | None = None) -> Figure:
+def curves(rows: Sequence[Mapping[str, str]], scored: int) -> Figure:
     """Draws loss and accuracy over the epochs.
 
     Args:
         rows: Those of results.csv.
-        chosen: The epoch to mark, 1 for the first; by default the one with the highest validation accuracy.
+        scored: The checkpoint's epoch, 1 for the first: it is marked.
     """
     val = [row for row in rows if row["val_acc"]]
-    if chosen is None and val:
-        chosen = int(max(val, key=lambda row: float(row["val_acc"]))["epoch"])
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for ax, kind, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss, nats", "accuracy"), strict=True):
+    left, right = figure.subplots(1, 2)
+    for ax, kind, title in ((left, "loss", "loss, nats"), (right, "acc", "accuracy")):
         for name, label, some, colour in (("train", "training", rows, BLUE), ("val", "validation", val, ORANGE)):
             if some:
                 values = [float(row[f"{name}_{kind}"]) for row in some]
                 ax.plot([int(row["epoch"]) for row in some], values, "o-", color=colour, label=label)
-        if chosen is not None:
-            ax.axvline(chosen, color=INK, linestyle=":", label=f"scored: epoch {chosen}")
+        ax.axvline(scored, color=INK, linestyle=":", label=f"scored: epoch {scored}")
         ax.set(xlabel="epoch", title=title, xlim=(0, int(rows[-1]["epoch"]) + 1))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if kind == "acc":
-            ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.grid()
         ax.legend()
+    right.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 

@@ -55,7 +55,8 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
     folder = checkpoint.run_folder(ckpt_path) or ckpt_path.parent
     rows, epoch = RunFolder(folder, "").rows(), state["epoch"] + 1
     config = folder / "config.yaml"
-    trainer = yaml.safe_load(config.read_text("utf-8"))["trainer"] if config.is_file() else {}
+    settings = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
+    trainer = settings.get("trainer", {})
     data.seed = state["seed"]
     if data.train_set is None or data.test_set is None:
         data.prepare_data()
@@ -63,10 +64,9 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         data.setup("test")
     assert data.train_set is not None
     assert data.test_set is not None
-    images, labels = (t.cpu() for t in data.test_set)
+    images, labels = data.test_set
     logits = _logits(model.eval(), data, images)
-    net = model.net if model.average is None else model.average.module
-    figures = _figures(model, data, net, logits)
+    figures = _figures(model, data, logits)
     if rows:
         figures["curves"] = plots.curves(rows, epoch)
     for name, figure in figures.items():
@@ -121,39 +121,44 @@ def _scores(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def _figures(model: LitLeNet, data: FashionMNISTDataModule, net: Any, logits: Tensor) -> dict[str, Figure]:
+def _figures(model: LitLeNet, data: FashionMNISTDataModule, logits: Tensor) -> dict[str, Figure]:
     """Draws everything but the curves; the names are the files'."""
     assert data.test_set is not None
-    images, labels = (t.cpu() for t in data.test_set)
+    images, labels = data.test_set
     confidence, predicted = logits.softmax(1).max(1)
     correct = predicted == labels
+    said, true = ([NAMES[label] for label in some] for some in (predicted, labels))
     first_images, first_labels = data.first_images(25)
-    counts = metrics.multiclass_confusion_matrix(logits, labels, len(NAMES))
-    some, some_labels = images[:500], labels[:500]
-    damage = _robustness(some, lambda x: (_logits(model, data, x).argmax(1) == some_labels).double().mean().item())
-    figures = {
-        "samples": plots.samples(first_images, [NAMES[label] for label in first_labels]),
-        "confusion_matrix": plots.confusion_matrix(counts, NAMES),
-        "reliability": plots.reliability(confidence, correct),
-        "robustness": plots.robustness(damage),
-    }
-    wrong = (~correct).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:25]
-    if len(wrong):
-        captions = [f"{NAMES[predicted[i]]} {confidence[i]:.1%}\nis: {NAMES[labels[i]]}" for i in wrong]
-        figures["mistakes"] = plots.samples(images[wrong], captions)
-    shown: list[Tensor | None] = []
-    captions = []
+    few, few_labels = images[:500], labels[:500]
+    damage = _robustness(few, lambda x: (_logits(model, data, x).argmax(1) == few_labels).double().mean().item())
+    net: Any = model.net if model.average is None else model.average.module
+    first = net.features[0]
+    with torch.inference_mode():
+        responses = first(normalise(images[:1].to(model.device), data.mean, data.std))[0]
+    shown: list[int | None] = []  # a column for each class: two right above two wrong, or gaps
     for right, place in ((True, 0), (True, 1), (False, 0), (False, 1)):
         for label in range(len(NAMES)):
-            found = ((labels == label) & (correct == right)).nonzero().flatten()[place : place + 1]
-            shown += images[found] if len(found) else [None]
-            captions += [f"{'✓' if right else '✗'} {NAMES[predicted[i]]}" for i in found] or [""]
-    figures["right_and_wrong"] = plots.samples(shown, captions, columns=len(NAMES))
-    with torch.inference_mode():
-        first = net.features[0]
-        response = first(normalise(images[:1].to(model.device), data.mean, data.std))[0]
-    figures["filters"] = plots.filters(first.weight.detach(), images[0], response)
+            found = ((labels == label) & (correct == right)).nonzero().flatten().tolist()
+            shown.append(found[place] if place < len(found) else None)
+    figures = {
+        "samples": plots.samples(first_images, [NAMES[label] for label in first_labels]),
+        "confusion_matrix": plots.confusion_matrix(
+            metrics.multiclass_confusion_matrix(logits, labels, len(NAMES)), NAMES
+        ),
+        "reliability": plots.reliability(confidence, correct),
+        "right_and_wrong": plots.samples(
+            [None if i is None else images[i] for i in shown],
+            ["" if i is None else f"{'✓' if correct[i] else '✗'} {said[i]}" for i in shown],
+            columns=len(NAMES),
+        ),
+        "robustness": plots.robustness(damage),
+        "filters": plots.filters(first.weight.detach(), images[0], responses),
+    }
+    wrong = (~correct).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:25].tolist()
+    if worst:
+        captions = [f"{said[i]} {confidence[i]:.1%}\nis: {true[i]}" for i in worst]
+        figures["mistakes"] = plots.samples(images[worst], captions)
     return figures
 
 
