@@ -74,12 +74,15 @@ def test_lightnings_own_launcher_trains_like_one_process(cli, script, k):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
-def test_torchrun_counts_every_test_image_once(script, processes):
+def test_torchrun_fetches_the_data_once_and_counts_every_test_image_once(script, processes, tiny, monkeypatch):
+    Path("data").unlink()  # a fresh machine, and the files in another folder of it
+    monkeypatch.setenv("LENET_PL_DATA_SOURCE", str(tiny[0] / "FashionMNIST/raw"))
     code, out = finish(torchrun(script, processes, "--trainer.devices", processes, "--data.batch_size", 4))
     assert code == 0, out
     assert [p.name for p in Path("runs/lenet").iterdir()] == ["version_0"]
     assert json.loads(Path("runs/lenet/version_0/test.json").read_text())["n"] == TEST
     assert out.count("Test accuracy") == 1
+    assert out.count("train-images-idx3-ubyte") == 1, out
 
 
 @pytest.mark.long
