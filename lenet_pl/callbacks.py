@@ -233,4 +233,4 @@ class GracefulStop(Callback):
         last = Path(folders[0]) / "last.ckpt" if folders else None
         if save and last and pl_module.metrics["train_loss"].compute().isfinite():
             trainer.save_checkpoint(last)
-        raise Stopped(self.signum or signal.SIGTERM, last)
+        raise Stopped(self.signum or signal.SIGTERM, last if last and last.exists() else None)

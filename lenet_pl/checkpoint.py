@@ -65,7 +65,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file
         temporary.replace(path)
-    except BaseException:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C too
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not tell which file, others name the temporary one
         temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
@@ -154,7 +156,8 @@ def find(name: str | Path, root: Path = Path("runs")) -> Path:
             if p.is_file() and p.parts[-3][8:].isdecimal()
         ]
         runs = [p for *_, p in sorted(stamped, reverse=True)]
-        near = sorted([*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt"), *path.parent.glob("*.ckpt")])
+        around = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt"), *path.parent.glob("*.ckpt")]
+        near = sorted(p for p in around if p.is_file())
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise CheckpointError(f"Checkpoint {str(name)!r} cannot be read: {getattr(e, 'strerror', e)}.{_REMEDY}") from e
     what = f"Checkpoint {str(name)!r} does not exist or is no file"

@@ -58,7 +58,7 @@ class CLI(LightningCLI):
             save_config_callback=None,  # RunFolder writes it
             trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
             seed_everything_default=0,
-            parser_kwargs={**strict, **dict.fromkeys(self.subcommands(), strict)},
+            parser_kwargs={**strict, "prog": "lenet-pl", **dict.fromkeys(self.subcommands(), strict)},
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

@@ -64,7 +64,8 @@ class LeNet5(nn.Module):
 def layers(net: LeNet5) -> list[tuple[str, str, int]]:
     """Returns each layer's kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters."""
     training, rows = net.training, []
-    x = torch.zeros(1, 1, 28, 28, device=next(net.parameters()).device)
+    weight = next(net.parameters())
+    x = torch.zeros(1, 1, 28, 28, device=weight.device, dtype=weight.dtype)
     net.eval()  # dropout draws no random numbers
     for layer in (*net.features, *net.classifier):
         x = layer(x)

@@ -154,8 +154,8 @@ def test_a_signal_stops_in_good_order(cli, undisturbed, monkeypatch, signum, nam
 
 
 def test_a_second_signal_stops_at_once(workdir):
-    code, _ = interrupted(["fit", *RICH], LitLeNet, "_forward", 3, signal.SIGTERM, signal.SIGTERM)
-    assert code == -signal.SIGTERM
+    code, err = interrupted(["fit", *RICH], LitLeNet, "_forward", 3, signal.SIGTERM, signal.SIGTERM)
+    assert code == -signal.SIGTERM, err
     assert not LAST.exists()
 
 
