@@ -65,7 +65,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
     assert data.train_set is not None
     assert data.test_set is not None
     images, labels = data.test_set
-    logits = _logits(model.eval(), data, images)
+    logits = _logits(model.eval().float(), data, images)
     figures = _figures(model, data, logits)
     if rows:
         figures["curves"] = plots.curves(rows, epoch)
