@@ -100,8 +100,8 @@ def curves(rows: Sequence[Mapping[str, str]], scored: int) -> Figure:
         ax.set(xlabel="epoch", title=title, xlim=(0, int(rows[-1]["epoch"]) + 1))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid()
-        ax.legend()
     right.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -124,7 +124,7 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
         colour = "black" if norm(share[row, column]) > 0.55 else "white"
         text = f"{count}\n{share[row, column]:.1%}" if count else "0"
         ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour, in_layout=False)
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_xticks(range(len(names)), names, fontsize=8.5)
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -112,29 +112,33 @@ def test_the_page_refers_to_nothing_outside(page):
     assert text.count("<svg") == len(ALWAYS) + 2
 
 
-def test_the_scores_are_those_of_test_json(page):
-    rows = Parser(page.read_text()).rows
+def test_the_scores_are_those_of_test_json(page, ckpt):
+    parser, (probabilities, labels) = Parser(page.read_text()), truth(ckpt)
     result = json.loads((page.parent / "test.json").read_text())
-    numbers = {row[0]: row[1] for row in rows if len(row) == 2}
+    numbers = {row[0]: row[1] for row in parser.rows if len(row) == 2}
     assert numbers[f"test accuracy, {TEST} images"] == f"{result['test_acc']:.2%}"
     assert numbers["test loss, nats"] == f"{result['test_loss']:.4f}"
-
-
-def test_the_scores_follow_from_their_definitions(page, ckpt):
-    probabilities, labels = truth(ckpt)
-    predicted, sure = probabilities.argmax(1), probabilities.max(1)
-    parser, f1s = Parser(page.read_text()), []
     for label, name in enumerate(report.NAMES):
+        there = labels == label
+        recall = (probabilities.argmax(1) == label)[there].mean()
+        assert parser.row(name)[1::2] == [f"{recall:.2%}", str(there.sum())]
+
+
+def test_the_scores_follow_from_their_definitions():
+    logits = 2 * torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
+    labels = (logits + logits.flip(0)).argmax(1)
+    scores, probabilities, labels = report._scores(logits, labels), logits.softmax(1).numpy(), labels.numpy()
+    predicted, sure = probabilities.argmax(1), probabilities.max(1)
+    for label, (name, *found) in enumerate(scores["classes"]):
         hits = ((predicted == label) & (labels == label)).sum()
         called, there = (predicted == label).sum(), (labels == label).sum()
-        precision, recall, f1 = hits / max(called, 1), hits / max(there, 1), 2 * hits / max(called + there, 1)
-        assert parser.row(name) == [f"{precision:.2%}", f"{recall:.2%}", f"{f1:.2%}", str(there)]
-        f1s.append(f1)
+        assert name == report.NAMES[label]
+        assert found == pytest.approx([hits / called, hits / there, 2 * hits / (called + there), there])
     bins = np.ceil(sure * 15)
     gaps = [abs((predicted == labels)[bins == b].sum() - sure[bins == b].sum()) for b in range(1, 16)]
-    numbers = {row[0]: row[1] for row in parser.rows if len(row) == 2}
-    assert numbers["expected calibration error"] == f"{sum(gaps) / TEST:.2%}"
-    assert numbers["mean F1 of the classes"] == f"{np.mean(f1s):.2%}"
+    assert scores["ece"] == pytest.approx(sum(gaps) / 500)
+    assert scores["accuracy"] == pytest.approx((predicted == labels).mean())
+    assert scores["f1"] == pytest.approx(np.mean([f1 for *_, f1, _ in scores["classes"]]))
 
 
 def test_what_the_pictures_get(ckpt, monkeypatch, page):
@@ -147,7 +151,7 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
 
         monkeypatch.setattr(plots, name, spied)
 
-    for name in ("samples", "confusion_matrix", "curves", "robustness"):
+    for name in ("samples", "confusion_matrix", "curves", "filters", "robustness"):
         spy(name, getattr(plots, name))
     model, data = load(ckpt)
     report.write(ckpt, model, data)
@@ -167,7 +171,9 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
     for i, caption in enumerate(right_and_wrong):
         name = report.NAMES[i % 10]  # the column's
         assert caption in ("", f"✓ {name}") if i < 20 else caption[:2] in ("", "✗ ") and caption[2:] != name
-    assert given["curves"][0][1] == torch.load(ckpt, weights_only=True)["epoch"] + 1
+    state = torch.load(ckpt, weights_only=True)
+    assert given["curves"][0][1] == state["epoch"] + 1
+    assert torch.equal(given["filters"][0][0], state["state_dict"]["average.module.features.0.weight"])
     for lines in given["robustness"][0][0].values():
         for points in lines.values():
             assert points[0] == (predicted == labels).mean()  # undamaged
