@@ -52,9 +52,9 @@ class RunFolder(Callback):
         self.path = trainer.strategy.broadcast(self.path)
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str((self.path / "checkpoints").resolve())  # type: ignore[attr-defined]
-        if self.tensorboard:  # made here, for the folder is not known before; events from ``step`` on are superseded
+        if self.tensorboard:  # made here, for the folder is not known before; events of superseded steps are dropped
             root, name, version = self.path.parts[:-2], self.path.parts[-2], self.path.parts[-1]
-            options: dict[str, Any] = {"purge_step": self.step} if self.resumed else {}
+            options: dict[str, Any] = {"purge_step": max(self.step - 1, 0)} if self.resumed else {}
             trainer.loggers = [TensorBoardLogger(Path(*root), name, version, default_hp_metric=False, **options)]
 
     def _next_version(self) -> Path:
@@ -70,18 +70,28 @@ class RunFolder(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Lets ModelCheckpoint remember the best score although the run folder may have been moved."""
-        folder = (self.path / "checkpoints").resolve()
-        for state in checkpoint["callbacks"].values():
+        folder, callbacks = (self.path / "checkpoints").resolve(), checkpoint["callbacks"]
+        for key, state in list(callbacks.items()):
             if "best_model_path" in state:
-                state["dirpath"] = str(folder)
-                state["best_model_path"] = str(folder / Path(state["best_model_path"]).name)
+                path = folder / Path(state["best_model_path"]).name
+                state.update(dirpath=str(folder), best_model_path=str(path))
+                if not path.is_file():  # else no later epoch might beat the score, and there were no best.ckpt
+                    del callbacks[key]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Repeats the last epoch's events: Lightning writes them after its checkpoint, a kill may have come between."""
+        for row in self.rows():
+            if self.tensorboard and int(row["step"]) == self.step:
+                values = {name: float(row[name]) for name in COLUMNS[3:7] if row[name]}
+                trainer.loggers[0].log_metrics({**values, "epoch": int(row["epoch"]) - 1}, self.step - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Notes the settings a run goes on with, and drops what it wrote after the checkpoint it goes on from."""
         self.started = time.perf_counter()
         if self.resumed and trainer.is_global_zero:  # the checkpoint has been accepted
             write_atomic(self.path / "config.yaml", self.config.encode())
-            self._write([row for row in self.rows() if int(row["epoch"]) <= trainer.current_epoch])
+            finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            self._write([row for row in self.rows() if int(row["epoch"]) <= finished])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the epoch's clock."""
@@ -212,9 +222,11 @@ class GracefulStop(Callback):
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_DFL)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stops between two blocks of an epoch; after its last one, when that epoch's checkpoints are written."""
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.global_step == trainer.max_steps
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches  # a checkpoint holds no gradients
+        if not last and not accumulating:
             self._stop_if_asked(trainer, pl_module, save=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -273,21 +273,29 @@ class FashionMNISTDataModule(LightningDataModule):
         return normalise(images, self.mean, self.std), torch.zeros(len(paths), dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how far the current epoch is, in blocks of the size in use."""
+        """Returns how far the current epoch is, in blocks, and what that count depends on."""
         trainer = self.trainer
         progress = trainer.fit_loop.epoch_loop.batch_progress if trainer else None
         mid_epoch = progress is not None and not progress.is_last_batch
-        return {"block": self.block, "blocks_done": progress.current.ready if progress and mid_epoch else 0}
+        return {"blocks_done": progress.current.ready if progress and mid_epoch else 0, "counted_in": self._units()}
+
+    def _units(self) -> dict[str, int]:
+        """Returns the settings that say which images come in which block of an epoch."""
+        names = ("batch_size", "val_size", "split_seed")
+        own = {f"data.{name}": getattr(self, name) for name in names}
+        world = self.trainer.world_size if self.trainer else 1
+        return {"data.steps_per_execution": self.block, **own, "processes": world}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes the first epoch of a resumed run go on where the checkpoint was written.
 
         Raises:
-            CheckpointError: If that is in mid-epoch and the block size has changed.
+            CheckpointError: If that is in mid-epoch and the blocks are no longer the same.
         """
         self.resume_at = state["blocks_done"]
-        if self.resume_at and state["block"] != self.block:
-            raise CheckpointError(
-                f"data.steps_per_execution={self.block}: the checkpoint stopped in mid-epoch with {state['block']};"
-                f" resume with --data.steps_per_execution {state['block']}"
-            )
+        for name, value in self._units().items():
+            if self.resume_at and value != (old := state["counted_in"][name]):
+                remedy = f"--{name} {old}" if name.startswith("data.") else f"{old} processes"
+                raise CheckpointError(
+                    f"{name}={value}: the checkpoint stopped in mid-epoch with {old}; resume with {remedy}"
+                )

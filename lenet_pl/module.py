@@ -245,8 +245,15 @@ class LitLeNet(LightningModule):
             for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
                 if old["lr"] != self.hparams["lr"]:
                     group[key] *= self.hparams["lr"] / old["lr"]
-        # Lightning keeps one count of optimizer steps for each kind of optimization: they agree whatever the block.
         loop = checkpoint["loops"]["fit_loop"]
+        # Lightning's marks depend on how an epoch ended, and some end it twice: here a run is within an epoch, also
+        # where max_steps or max_time cut it short, or between two.
+        batches = loop["epoch_loop.batch_progress"]
+        for count in loop["epoch_progress"].values():
+            count["processed"] = count["completed"] = count["processed" if batches["is_last_batch"] else "completed"]
+        if batches["is_last_batch"]:
+            batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
+        # Lightning keeps one count of optimizer steps for each kind of optimization: they agree whatever the block.
         for count in (
             loop["epoch_loop.manual_optimization.optim_step_progress"],
             loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"],
