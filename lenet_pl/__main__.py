@@ -13,6 +13,8 @@ COMMANDS = {
     "test": "score a checkpoint on the 10,000 test images",
     "predict": "classify pictures of your own, or the test images",
     "report": "curves, confusions, calibration and mistakes of a checkpoint on one page",
+    "export": "the net as an ONNX file, proved on the test images",
+    "demo": "a local page: drop a picture, see what the net sees and its ten probabilities",
 }
 USAGE = f"""\
 LeNet-5 on Fashion-MNIST with PyTorch Lightning, version {__version__}

@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
@@ -43,6 +43,34 @@ class Commands(Trainer):
             ckpt_path: A file, or best or last of the newest run.
         """
 
+    def export(
+        self,
+        model: LitLeNet,
+        datamodule: FashionMNISTDataModule,
+        ckpt_path: str | None = None,
+        format: Literal["onnx", "safetensors", "pt2"] = "onnx",
+    ) -> None:
+        """Writes the net as a file for other programs, and proves that it classifies like the checkpoint.
+
+        Args:
+            model: The net.
+            datamodule: The data.
+            ckpt_path: A file, or best or last of the newest run.
+            format: onnx and pt2 take uint8 images and normalise inside; safetensors holds the weights alone.
+        """
+
+    def demo(
+        self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str | None = None, port: int = 7860
+    ) -> None:
+        """Opens a local page that classifies pictures.
+
+        Args:
+            model: The net.
+            datamodule: The data.
+            ckpt_path: A file, or best or last of the newest run.
+            port: TCP port on 127.0.0.1, 1 to 65535.
+        """
+
 
 class CLI(LightningCLI):
     """LightningCLI whose commands work on a checkpoint alone, and whose ``fit`` ends with the test accuracy."""
@@ -73,12 +101,17 @@ class CLI(LightningCLI):
             "validate": skip - {"return_predictions"},
             "test": skip - {"return_predictions"},
             "predict": skip - {"verbose"},
-            "report": {"model", "datamodule"},
+            **{name: {"model", "datamodule"} for name in ("report", "export", "demo")},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``--name`` and ``--output``."""
-        parser.add_argument("--output", type=str, default=".", help="Folder for what predict writes.")
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help="Folder (export: or file) to write to; predict: the current one, export: the checkpoint's by default.",
+        )
         parser.add_argument(
             "--name", type=str | None, default=None, help="Folder under runs/; the name of the config file by default."
         )
@@ -248,6 +281,20 @@ class CLI(LightningCLI):
             model.load_state_dict(checkpoint.load(ckpt_path)["state_dict"])
             say(f"report: {report.write(Path(ckpt_path), model, datamodule)}")
 
+    def export(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, format: str) -> None:
+        """Writes the net as a file for other programs."""
+        from lenet_pl import export
+
+        model.load_state_dict(self.checkpoint["state_dict"])
+        export.write(Path(ckpt_path), model, datamodule, format, self.config.export.output)
+
+    def demo(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, port: int) -> None:
+        """Serves the page until Ctrl-C."""
+        from lenet_pl import demo
+
+        model.load_state_dict(self.checkpoint["state_dict"])
+        demo.serve(model, datamodule, port)
+
     def validate(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Scores a checkpoint on the validation images."""
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
@@ -259,7 +306,7 @@ class CLI(LightningCLI):
         from lenet_pl import predict
 
         batches = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        predict.write(Path(self.config.predict.output), datamodule, torch.cat(batches))  # type: ignore[arg-type]
+        predict.write(Path(self.config.predict.output or "."), datamodule, torch.cat(batches))  # type: ignore[arg-type]
 
     def test(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Scores a checkpoint on the test images and writes test.json."""
@@ -288,7 +335,7 @@ def run(args: list[str]) -> int:
     except Stopped as stop:
         name = "Ctrl-C" if stop.signum == signal.SIGINT else signal.Signals(stop.signum).name
         remedy = f"; go on with: python -m lenet_pl fit --ckpt_path {stop.path}" if stop.path else ""
-        print(f"stopped by {name}{remedy}", file=sys.stderr)
+        say(f"stopped by {name}{remedy}", file=sys.stderr)
         return 130 if stop.signum == signal.SIGINT else 143
     except SystemExit as leave:  # --help, SIGTERM, and Lightning's own answer to Ctrl-C
         return 130 if isinstance(leave.__context__, KeyboardInterrupt) else int(leave.code or 0)

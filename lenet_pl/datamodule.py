@@ -188,7 +188,7 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Puts the verified files in place; raises ``download.DataError`` where that fails."""
-        if not self.files:
+        if not (self.files and self.trainer and self.trainer.predicting):
             download.ensure(self.data_dir)
 
     def setup(self, stage: str) -> None:
@@ -200,7 +200,7 @@ class FashionMNISTDataModule(LightningDataModule):
             order = torch.randperm(len(labels), generator=generator(self.split_seed))
             train, val = order[self.val_size :], order[: self.val_size]
             self.train_set, self.val_set = (images[train], labels[train]), (images[val], labels[val])
-        if stage in ("test", "predict") and self.test_set is None and not self.files:
+        if (stage == "test" or (stage == "predict" and not self.files)) and self.test_set is None:
             self.test_set = self._read(train=False)
         if stage == "fit":
             self.seed = torch.initial_seed() % 2**63

@@ -140,7 +140,7 @@ def fail(error: Exception, code: int) -> int:
     text = str(error)
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         text = f"{error.filename or 'the disk'}: {error.strerror}\n"
-        text += "Mend that, or choose another folder for the runs: --trainer.default_root_dir FOLDER"
+        text += "Mend that, or choose another folder: --trainer.default_root_dir for the runs, --output for the rest"
     elif not type(error).__module__.startswith("lenet_pl") and not isinstance(error, FloatingPointError):
         text = f"{type(error).__name__}: {_short(text)}\nLENET_PL_DEBUG=1 shows where"
     print(f"error: {text}", file=sys.stderr)

@@ -1,7 +1,18 @@
 """The network: the article's LeNet-5 and the 1998 original, in plain torch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """Averages windows of 2×2; training on a CPU as bilinear resizing to half the size, the same in half the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``[N, C, H / 2, W / 2]`` for ``[N, C, H, W]`` with even H and W."""
+        if self.training and x.is_cpu and not torch.compiler.is_compiling():
+            return F.interpolate(x, scale_factor=0.5, mode="bilinear")
+        return super().forward(x)
 
 
 class LeNet5(nn.Module):
@@ -32,10 +43,10 @@ class LeNet5(nn.Module):
         self.features = nn.Sequential(  # [N, 1, 28, 28]
             nn.Conv2d(1, 6, 5, padding=2),  # [N, 6, 28, 28]
             activation(),
-            nn.AvgPool2d(2),  # [N, 6, 14, 14]
+            AvgPool2d(2),  # [N, 6, 14, 14]
             nn.Conv2d(6, 16, 5, padding=2 if article else 0),  # [N, 16, 14, 14]; classic [N, 16, 10, 10]
             activation(),
-            nn.AvgPool2d(2),  # [N, 16, 7, 7]; classic [N, 16, 5, 5]
+            AvgPool2d(2),  # [N, 16, 7, 7]; classic [N, 16, 5, 5]
             nn.Flatten(),  # [N, 784]; classic [N, 400]
         )
         self.classifier = nn.Sequential(

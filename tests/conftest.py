@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -97,6 +98,21 @@ def quick_end_of_fit(request, monkeypatch):
 def one_thread():
     """Tiny batches are quickest on one thread, and two threads would fight over two cores with subprocesses."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'lenet_pl[test]'")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=flags, timeout=60_000)
+        yield browser
+        browser.close()
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
