@@ -56,7 +56,7 @@ def serve(model: LitLeNet, data: FashionMNISTDataModule, port: int) -> None:
         UsageError: If Gradio is not installed, or the port cannot be had.
     """
     if find_spec("gradio") is None:
-        raise UsageError("demo needs gradio, which is not installed; install it with: pip install 'lenet_pl[demo]'")
+        raise UsageError("demo needs gradio, which is not installed; install it with: pip install '.[demo]'")
     if not 1 <= port <= 65535:
         raise UsageError(f"port={port}: expected an integer from 1 to 65535, such as --port 7860")
     try:

@@ -79,7 +79,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule, format
     """
     needed, use = FORMATS[format]
     if missing := [name for name in needed.split() if find_spec(name) is None]:
-        remedy = "which is not installed; install it with: pip install 'lenet_pl[export]'"
+        remedy = "which is not installed; install it with: pip install '.[export]'"
         raise UsageError(f"export --format {format} needs {missing[0]}, {remedy}")
     path = _path(Path(output) if output else ckpt_path.parent, format)
     images, labels = _images(data)

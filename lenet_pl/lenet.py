@@ -38,8 +38,11 @@ class LeNet5(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: expected a probability from 0 to below 1, such as 0.1")
         article = variant == "article"
-        activation = nn.ReLU if article else nn.Tanh
         side = 7 if article else 5
+
+        def activation() -> nn.Module:
+            return nn.ReLU(inplace=True) if article else nn.Tanh()
+
         self.features = nn.Sequential(  # [N, 1, 28, 28]
             nn.Conv2d(1, 6, 5, padding=2),  # [N, 6, 28, 28]
             activation(),

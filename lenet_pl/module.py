@@ -28,7 +28,7 @@ class LitLeNet(LightningModule):
         dropout: Dropout after the two hidden linear layers, 0 ≤ p < 1.
         lr: Adam's learning rate, above 0; the peak of a one-cycle schedule.
         weight_decay: Decoupled weight decay (Loshchilov & Hutter 2019), at least 0.
-        schedule: ``"constant"`` or ``"one_cycle"`` (Smith & Topin 2017, one cosine up and one down), stepped per
+        schedule: ``"constant"`` or ``"one_cycle"`` (Smith & Topin 2017: a line up and a line down), stepped per
             optimizer step.
         warmup: Share of the one-cycle schedule spent going up, above 0 and below 1.
         label_smoothing: Share of the target spread evenly over the classes in training, 0 to 1.
@@ -119,7 +119,8 @@ class LitLeNet(LightningModule):
             steps = int(self.trainer.estimated_stepping_batches)
         else:  # Lightning would count blocks
             steps = self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
-        scheduler = OneCycleLR(optimizer, lr, steps, pct_start=self.hparams["warmup"], cycle_momentum=False)
+        warmup = self.hparams["warmup"]
+        scheduler = OneCycleLR(optimizer, lr, steps, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> Tensor | None:

@@ -8,15 +8,16 @@ the running loss and accuracy, and validates on the other 5,000 after the epoch.
 
 - lenet_pl: the command ``fit --config configs/lenet.yaml``: metrics, checkpoints, results.csv, TensorBoard, all on
 - plain loop: PyTorch as most write it: tensors in memory, an index per batch, ``.item()`` for loss and accuracy
-- best loop: the quickest we know: also channels_last, fused Adam, shuffled in one go, metrics at the epoch's end
-- stock Lightning: torchvision's dataset and transforms, DataLoader, torchmetrics; logger and checkpoint by default
+- best loop: the quickest we know: also our LeNet5, channels_last, fused Adam, shuffled in one go, metrics at the end
+- stock Lightning: torchvision's dataset and transforms, DataLoader, torchmetrics; bar, logger and checkpoint by default
 - Keras: the article's script, where keras is installed (``pip install '.[bench]'``). Better in another environment:
   TensorBoard imports TensorFlow where it finds it, which costs both Lightning contestants seconds and 500 MiB at the
   start; ``python -m venv keras; keras/bin/pip install keras tensorflow``, then ``--keras keras/bin/python``
 
-Each run is a process of its own (contestants.py) that prints a line with its accuracies after every epoch. The clock is
-here: an epoch lasts from line to line, so nothing of it is left out and a GPU has finished it. The first epoch of a run
-warms up and doesn't count (with --quick it is the only one and does). In a round each contestant runs once; the order
+Each run is a process of its own (contestants.py) on a terminal of its own, where Lightning and lenet_pl show their
+progress bars, and prints a line with its accuracies after every epoch. The clock is here: an epoch lasts from line to
+line, so nothing of it is left out and a GPU has finished it. The first epoch of a run warms up and doesn't count (with
+--quick it is the only one and does). In a round each contestant runs once; the order
 turns and the seed changes from round to round. Given are medians, and the smallest and largest value; ratios are taken
 within a round. ms/step is the epoch with its validation divided by its steps; memory is the process's peak, resident.
 If another PyTorch contestant's accuracies differ from lenet_pl's by over three standard errors, somebody trains
@@ -28,10 +29,12 @@ uint8 pixels in memory to classes. Linearity: ``fit`` on 1/6, 2/6, 4/6 and all t
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import platform
+import pty
 import re
 import shutil
 import statistics
@@ -39,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,25 +74,37 @@ class Run(NamedTuple):
         return seconds[1:] or seconds
 
 
+def screen(terminal: int, started: float) -> Iterator[tuple[float, str]]:
+    """Yields the lines that come to a terminal, each with its time, until nobody writes to it any more."""
+    text = ""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while data := os.read(terminal, 65536):
+            *lines, text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text + data.decode(errors="replace")).split("\n")
+            now = time.perf_counter() - started
+            yield from ((now, line.rstrip().rpartition("\r")[2]) for line in lines)
+    os.close(terminal)
+
+
 def watch(command: list[str], args: argparse.Namespace, folder: str) -> Run:
     """Runs ``command`` in ``folder``; leaves with what it said if it fails."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TERM": "xterm", "COLUMNS": "200"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if args.threads:
         env |= dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"), str(args.threads))
     if args.accelerator == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""  # Keras would take the GPU unasked
     with tempfile.TemporaryFile("w+") as errors:
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        master, terminal = pty.openpty()
         started = time.perf_counter()
-        with subprocess.Popen(command, env=env, cwd=folder, **options) as child:
-            lines = [(time.perf_counter() - started, line.rstrip()) for line in child.stdout or ()]
+        with subprocess.Popen(command, env=env, cwd=folder, stdout=terminal, stderr=errors) as child:
+            os.close(terminal)
+            lines = list(screen(master, started))
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             errors.seek(0)
             sys.exit(f"error: exit code {child.returncode} of {' '.join(command)}:\n{errors.read()[-3000:]}")
-    epochs = [(t, line) for t, line in lines if line.startswith("epoch ")]
+    epochs = [(t, line) for t, line in lines if re.match(r"epoch \S+  \w", line)]  # a bar follows one space
     last = dict(re.findall(r"(\w+) ([\d.]+)%", epochs[-1][1])) if epochs else {}
     train_acc, val_acc = (float(last.get(key, "nan")) / 100 for key in SEED_STD)
     start = next((t for t, line in lines if line == "ready"), 0.0)

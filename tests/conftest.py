@@ -103,7 +103,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'lenet_pl[test]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[test]'")
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")

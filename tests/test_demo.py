@@ -74,7 +74,7 @@ def free_port():
 def start(ckpt, place, tiny):
     """Starts the command in a process of its own, and waits until it says that it is ready."""
     if find_spec("gradio") is None:
-        pytest.skip("needs gradio: pip install 'lenet_pl[demo]'")
+        pytest.skip("needs gradio: pip install '.[demo]'")
     started = []
 
     def run(*flags, prelude=""):
@@ -304,5 +304,5 @@ def test_without_gradio(ckpt, capsys, monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     assert main(["demo", "--ckpt_path", str(ckpt), "--port", "0"]) == 2
     assert capsys.readouterr().err == (
-        "error: demo needs gradio, which is not installed; install it with: pip install 'lenet_pl[demo]'\n"
+        "error: demo needs gradio, which is not installed; install it with: pip install '.[demo]'\n"
     )

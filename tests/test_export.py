@@ -243,7 +243,7 @@ def test_a_missing_package_is_named_with_its_extra(run, workdir, package, monkey
         pytest.importorskip(name, reason="the extra export is not installed")
     code, _, err = run("--format", format)
     assert code == 2
-    remedy = "which is not installed; install it with: pip install 'lenet_pl[export]'"
+    remedy = "which is not installed; install it with: pip install '.[export]'"
     assert err == f"error: export --format {format} needs {package}, {remedy}\n"
     assert [p.name for p in workdir.iterdir()] == ["data"]
 
