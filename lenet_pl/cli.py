@@ -309,11 +309,12 @@ class CLI(LightningCLI):
         predict.write(Path(self.config.predict.output or "."), datamodule, torch.cat(batches))  # type: ignore[arg-type]
 
     def test(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
-        """Scores a checkpoint on the test images and writes test.json."""
+        """Scores a checkpoint on the test images and writes test.json; with another ``tta`` a file beside it."""
         self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
         metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
-        path = Path(ckpt_path)
-        folder = checkpoint.run_folder(path) or path.parent
+        path, tta = Path(ckpt_path), model.hparams["tta"]
+        own = self.checkpoint.get("hyper_parameters", model.hparams)["tta"]
+        file = (checkpoint.run_folder(path) or path.parent) / ("test.json" if tta == own else f"test_tta_{tta}.json")
         result = {
             "test_acc": metrics["test_acc"],
             "test_loss": metrics["test_loss"],
@@ -322,8 +323,9 @@ class CLI(LightningCLI):
             "seed": self.config[self.subcommand].seed_everything,
         }
         if self.trainer.is_global_zero:
-            checkpoint.write_atomic(folder / "test.json", (json.dumps(result, indent=2) + "\n").encode())
-            print(f"Test accuracy: {metrics['test_acc']:.2%}  (loss {metrics['test_loss']:.4f}, {result['n']} images)")
+            checkpoint.write_atomic(file, (json.dumps(result, indent=2) + "\n").encode())
+            score = f"{metrics['test_acc']:.2%}  (loss {metrics['test_loss']:.4f}, {result['n']} images)"
+            print(f"Test accuracy: {score}" + ("" if tta == own else f", model.tta={tta}; see {file.name}"))
 
 
 def run(args: list[str]) -> int:

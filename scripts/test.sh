@@ -13,7 +13,7 @@ fi
 stage "ruff check" "mend what it names; '$python -m ruff check --fix' does the simple ones" $python -m ruff check .
 stage "ruff format" "run '$python -m ruff format .'" $python -m ruff format --check .
 stage "mypy" "mend the types it names" $python -m mypy
-stage "the fast suite" "mend the test or the code that it names" $python -m pytest
+stage "the fast suite" "mend the test or the code that it names" $python -m pytest -n 2 --dist loadfile
 stage "the long proofs" "mend the test or the code that it names" $python -m pytest -m "long and not data"
 if $python -m lenet_pl.download data; then
   stage "the tests on the real data" "mend the test or the code that it names" $python -m pytest -m data
