@@ -15,6 +15,18 @@ class AvgPool2d(nn.AvgPool2d):
         return super().forward(x)
 
 
+class Flatten(nn.Module):
+    """Flattens rows, columns and channels in that order, as Keras does.
+
+    In channels_last memory that copies nothing. Above all, the gradient comes back in channels_last: where it does not,
+    pooling and ReLU take a fifth of a training step to sort it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``[N, H * W * C]`` for ``[N, C, H, W]``."""
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
 class LeNet5(nn.Module):
     """LeNet-5: two convolutions, two average pools, three linear layers.
 
@@ -50,7 +62,7 @@ class LeNet5(nn.Module):
             nn.Conv2d(6, 16, 5, padding=2 if article else 0),  # [N, 16, 14, 14]; classic [N, 16, 10, 10]
             activation(),
             AvgPool2d(2),  # [N, 16, 7, 7]; classic [N, 16, 5, 5]
-            nn.Flatten(),  # [N, 784]; classic [N, 400]
+            Flatten(),  # [N, 784]; classic [N, 400]
         )
         self.classifier = nn.Sequential(
             nn.Linear(16 * side * side, 120),  # [N, 120]

@@ -8,7 +8,7 @@ the running loss and accuracy, and validates on the other 5,000 after the epoch.
 
 - lenet_pl: the command ``fit --config configs/lenet.yaml``: metrics, checkpoints, results.csv, TensorBoard, all on
 - plain loop: PyTorch as most write it: tensors in memory, an index per batch, ``.item()`` for loss and accuracy
-- best loop: the quickest we know: also our LeNet5, channels_last, fused Adam, shuffled in one go, metrics at the end
+- best loop: the quickest we know: also channels_last, fused Adam, shuffled in one go, metrics at the epoch's end
 - stock Lightning: torchvision's dataset and transforms, DataLoader, torchmetrics; bar, logger and checkpoint by default
 - Keras: the article's script, where keras is installed (``pip install '.[bench]'``). Better in another environment:
   TensorBoard imports TensorFlow where it finds it, which costs both Lightning contestants seconds and 500 MiB at the

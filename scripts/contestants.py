@@ -99,14 +99,12 @@ def plain_loop(args: argparse.Namespace) -> None:
 
 
 def best_loop(args: argparse.Namespace) -> None:
-    """Takes the same steps as quickly as we know: our LeNet5, channels_last, fused Adam, metrics at the epoch's end."""
+    """Takes the same steps as quickly as we know: channels_last, fused Adam, shuffled in one go, metrics at the end."""
     import torch
     import torch.nn.functional as F
 
-    from lenet_pl.lenet import LeNet5
-
     images, labels, val_images, val_labels = read(args)
-    net = LeNet5().to(images.device).to(memory_format=torch.channels_last)
+    net = article_net().to(images.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     print("ready", flush=True)
     for epoch in range(1, args.epochs + 1):
