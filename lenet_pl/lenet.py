@@ -38,17 +38,21 @@ class LeNet5(nn.Module):
     Args:
         variant: ``"article"`` or ``"classic"``.
         dropout: Probability of zeroing an activation after each of the two hidden linear layers, 0 ≤ p < 1.
+        init: First weights: ``"uniform"``, PyTorch's own, or ``"orthogonal"`` with gain √2 and zero biases (Saxe,
+            McClelland & Ganguli 2014), where no two filters begin alike.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, variant: str = "article", dropout: float = 0.0) -> None:
+    def __init__(self, variant: str = "article", dropout: float = 0.0, init: str = "uniform") -> None:
         super().__init__()
         if variant not in ("article", "classic"):
             raise ValueError(f"variant={variant!r}: expected 'article' or 'classic'")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: expected a probability from 0 to below 1, such as 0.1")
+        if init not in ("uniform", "orthogonal"):
+            raise ValueError(f"init={init!r}: expected 'uniform' or 'orthogonal'")
         article = variant == "article"
         side = 7 if article else 5
 
@@ -73,6 +77,11 @@ class LeNet5(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(84, 10),  # [N, 10]
         )
+        for parameter in self.parameters() if init == "orthogonal" else ():
+            if parameter.ndim > 1:
+                nn.init.orthogonal_(parameter, 2**0.5)
+            else:
+                nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies normalised images.

@@ -26,6 +26,7 @@ class LitLeNet(LightningModule):
     Args:
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
         dropout: Dropout after the two hidden linear layers, 0 ≤ p < 1.
+        init: First weights: ``"uniform"``, PyTorch's own, or ``"orthogonal"``, see ``LeNet5``.
         lr: Adam's learning rate, above 0; the peak of a one-cycle schedule.
         weight_decay: Decoupled weight decay (Loshchilov & Hutter 2019), at least 0.
         schedule: ``"constant"`` or ``"one_cycle"`` (Smith & Topin 2017: a line up and a line down), stepped per
@@ -45,6 +46,7 @@ class LitLeNet(LightningModule):
         self,
         variant: str = "article",
         dropout: float = 0.0,
+        init: str = "uniform",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: str = "constant",
@@ -67,7 +69,7 @@ class LitLeNet(LightningModule):
             if not fine:
                 raise ValueError(f"model.{name}={value!r}: expected {expected}")
         self.save_hyperparameters()
-        self.net = LeNet5(variant, dropout).to(memory_format=torch.channels_last)
+        self.net = LeNet5(variant, dropout, init).to(memory_format=torch.channels_last)
         self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         if self.average is not None:
             self.average.requires_grad_(False)
