@@ -121,14 +121,8 @@ class LitLeNet(LightningModule):
             steps = int(self.trainer.estimated_stepping_batches)
         else:  # Lightning would count blocks
             steps = self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
-        scheduler = OneCycleLR(
-            optimizer,
-            lr,
-            steps + 1,  # it is asked once more after the last step, and would fall below 0
-            pct_start=self.hparams["warmup"],
-            anneal_strategy="linear",
-            cycle_momentum=False,
-        )
+        warmup = self.hparams["warmup"]
+        scheduler = OneCycleLR(optimizer, lr, steps, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> Tensor | None:
