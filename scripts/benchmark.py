@@ -17,11 +17,11 @@ the running loss and accuracy, and validates on the other 5,000 after the epoch.
 Each run is a process of its own (contestants.py) on a terminal of its own, where Lightning and lenet_pl show their
 progress bars, and prints a line with its accuracies after every epoch. The clock is here: an epoch lasts from line to
 line, so nothing of it is left out and a GPU has finished it. The first epoch of a run warms up and doesn't count (with
---quick it is the only one and does). In a round each contestant runs once; the order
-turns and the seed changes from round to round. Given are medians, and the smallest and largest value; ratios are taken
-within a round. ms/step is the epoch with its validation divided by its steps; memory is the process's peak, resident.
-If another PyTorch contestant's accuracies differ from lenet_pl's by over three standard errors, somebody trains
-something else: the comparison is void, and this ends with exit code 1.
+--quick it is the only one and does). In a round each contestant runs once; the order turns and the seed changes from
+round to round. Given are medians, and the smallest and largest value; ratios are taken within a round. ms/step is the
+epoch with its validation divided by its steps; memory is the process's peak, resident. If another PyTorch contestant's
+accuracies differ from lenet_pl's by over three standard errors, somebody trains something else: the comparison is void,
+and this ends with exit code 1.
 
 Time to accuracy: ``fit --config configs/fast.yaml`` once a round, from process start and from the first step to the end
 of the last epoch; each run must then score the article's 90.67 % on the test set. Inference: images per second, from

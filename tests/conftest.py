@@ -1,5 +1,6 @@
 """A tiny Fashion-MNIST in the real file format, and the real command line run on it."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from lenet_pl import download
 
+ROOT = Path(__file__).parents[1]
 TRAIN, TEST = 330, 53  # no multiple of a batch size: the last, smaller ones matter
 
 
@@ -46,13 +48,32 @@ def tiny(tmp_path_factory):
     return root, write_idx(root / "FashionMNIST" / "raw")
 
 
+@contextlib.contextmanager
+def inside(folder, tiny):
+    """Makes ``folder`` the current one, with the tiny data in ``data/``; the download knows the tiny files."""
+    (folder / "data").symlink_to(tiny[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "FILES", tiny[1])
+        patch.chdir(folder)
+        yield patch
+
+
 @pytest.fixture
-def workdir(tiny, tmp_path, monkeypatch):
-    """An empty current folder with the tiny data in ``data/``; the download knows the tiny files."""
-    (tmp_path / "data").symlink_to(tiny[0])
-    monkeypatch.setattr(download, "FILES", tiny[1])
+def workdir(tiny, tmp_path):
+    """An empty current folder but for the tiny data."""
+    with inside(tmp_path, tiny):
+        yield tmp_path
+
+
+@pytest.fixture
+def real_data(tmp_path, monkeypatch):
+    """An empty current folder but for the real data, which lie in the checkout's ``data/``."""
+    try:
+        download.ensure(ROOT / "data")
+    except download.DataError as error:
+        pytest.skip(f"the real data cannot be had: {error}")
+    (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -79,7 +100,7 @@ def spawn(workdir, tiny):
             "import sys; from lenet_pl import download; from lenet_pl.__main__ import main;"
             f"download.FILES = {tiny[1]!r}\n{prelude}\nsys.exit(main(sys.argv[1:]))"
         )
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", code, *map(str, args)]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env} | options
         return subprocess.Popen(command, cwd=workdir, **options)

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import inside
 from PIL import Image
 
-from lenet_pl import FashionMNISTDataModule, LitLeNet, demo, download, pictures
+from lenet_pl import FashionMNISTDataModule, LitLeNet, demo, pictures
 from lenet_pl.__main__ import main
 from lenet_pl.datamodule import FashionMNIST
 
@@ -33,12 +34,9 @@ sys.addaudithook(watch)
 def place(tiny, tmp_path_factory):
     """A current folder with the tiny data, for all tests of this file."""
     folder = tmp_path_factory.mktemp("demo")
-    (folder / "data").symlink_to(tiny[0])
     (folder / "tmp").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "FILES", tiny[1])
+    with inside(folder, tiny) as patch:
         patch.setattr("lenet_pl.cli.CLI.report", lambda *args: None)
-        patch.chdir(folder)
         yield folder
 
 

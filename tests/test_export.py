@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEST
+from conftest import ROOT, TEST, inside
 from PIL import Image
 
 import lenet_pl
@@ -15,7 +15,6 @@ from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, __version__, chec
 from lenet_pl.__main__ import main
 from lenet_pl.datamodule import FashionMNIST
 
-ROOT = Path(__file__).parents[1]
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--data.mean", 0.25, "--data.std", 0.5)
 BEST = Path("runs/lenet/version_0/checkpoints/best.ckpt")
 OPTIONAL = ["onnx", "onnxruntime", "onnxscript", "safetensors"]
@@ -25,11 +24,8 @@ OPTIONAL = ["onnx", "onnxruntime", "onnxscript", "safetensors"]
 def trained(tiny, tmp_path_factory):
     """A checkpoint whose averaged weights are far from its last ones."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "data").symlink_to(tiny[0])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "FILES", tiny[1])
+    with inside(folder, tiny) as patch:
         patch.setattr("lenet_pl.cli.CLI.report", lambda *args: None)
-        patch.chdir(folder)
         options = ("--model.ema_decay", 0.95, "--model.lr", 0.0005, "--model.dropout", 0.1, "--trainer.max_epochs", 2)
         assert main(["fit", *map(str, (*TINY, *options))]) == 0
     return folder / BEST
@@ -299,14 +295,8 @@ def test_a_wrong_format_lists_the_right_ones(run, workdir):
 
 
 @pytest.mark.data
-def test_on_the_real_data_onnx_has_the_accuracy_of_test(tmp_path, monkeypatch, capsys):
+def test_on_the_real_data_onnx_has_the_accuracy_of_test(real_data, capsys):
     need("onnx")
-    try:
-        download.ensure(ROOT / "data")
-    except download.DataError as error:
-        pytest.skip(f"the real data cannot be had: {error}")
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    monkeypatch.chdir(tmp_path)
     options = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"]  # quick, not good
     assert main(["fit", "--config", str(ROOT / "configs/fast.yaml"), *options]) == 0
     capsys.readouterr()

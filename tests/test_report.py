@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import TEST
+from conftest import TEST, inside
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, download, plots, report
+from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, plots, report
 from lenet_pl.__main__ import main
 from lenet_pl.lenet import layers
 
@@ -35,10 +35,7 @@ def load(path):
 def place(tiny, tmp_path_factory):
     """A current folder with the tiny data, for all tests of this file."""
     folder = tmp_path_factory.mktemp("report")
-    (folder / "data").symlink_to(tiny[0])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "FILES", tiny[1])
-        patch.chdir(folder)
+    with inside(folder, tiny):
         yield folder
 
 

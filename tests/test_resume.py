@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same
+from conftest import inside, same
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -75,10 +75,7 @@ def outcome(run):
 def undisturbed(tiny, tmp_path_factory):
     """The outcome of a run that nobody disturbed; its block size does not matter, as test_training.py shows."""
     folder, before = tmp_path_factory.mktemp("whole"), Path.cwd()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lenet_pl.download.FILES", tiny[1])
-        patch.chdir(folder)
-        (folder / "data").symlink_to(tiny[0])
+    with inside(folder, tiny):
         torch.set_num_threads(1)
         assert main(["fit", *RICH]) == 0
         result = outcome(RUN)
