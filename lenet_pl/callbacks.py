@@ -111,7 +111,7 @@ class RunFolder(Callback):
         epoch, loss = trainer.current_epoch + 1, metrics["train_loss"]
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"train_loss={loss} in epoch {epoch}: the training diverged at lr {pl_module.hparams['lr']};"
+                f"train_loss is NaN or infinite in epoch {epoch}: training diverged at lr {pl_module.hparams['lr']};"
                 " try a smaller --model.lr. Checkpoints of finished epochs are intact."
             )
         if not trainer.is_global_zero:

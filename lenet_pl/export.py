@@ -120,7 +120,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule, format
 
 def _path(output: Path, format: str) -> Path:
     suffix = output.suffix.lower()[1:]
-    if suffix not in FORMATS or output.is_dir():
+    if output.is_dir() or (suffix not in FORMATS and not output.exists()):
         return output / f"lenet.{format}"
     if suffix != format:
         raise UsageError(f"output={output}: expected a folder, or a file that ends in .{format}, for --format {format}")

@@ -75,7 +75,7 @@ class LitLeNet(LightningModule):
             self.average.requires_grad_(False)
         self.metrics: Any = nn.ModuleDict()
         for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")
+            self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy=float("inf"))  # a NaN shows as inf
             self.metrics[f"{stage}_acc"] = MulticlassAccuracy(10, average="micro", validate_args=False)
         self.block = 1
         self.seed = 0
@@ -103,7 +103,9 @@ class LitLeNet(LightningModule):
             self.automatic_optimization = self.block == 1
             self.seed = torch.initial_seed() % 2**63
             if self.hparams["compile"]:
-                self.net.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default")
+                self.net.compile(
+                    mode="reduce-overhead" if self.trainer.strategy.root_device.type == "cuda" else "default"
+                )
 
     def configure_optimizers(self) -> Any:
         """Returns Adam and, for ``one_cycle``, its scheduler."""
@@ -122,7 +124,9 @@ class LitLeNet(LightningModule):
         else:  # Lightning would count blocks
             steps = self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
         warmup = self.hparams["warmup"]
-        scheduler = OneCycleLR(optimizer, lr, steps, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False)
+        scheduler = OneCycleLR(
+            optimizer, lr, steps + 1, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> Tensor | None:

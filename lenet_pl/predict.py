@@ -12,6 +12,7 @@ from torch import Tensor
 from lenet_pl import pictures, plots
 from lenet_pl.checkpoint import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
+from lenet_pl.errors import UsageError
 
 SHOWN = 24  # rows of the table and of the picture; predictions.csv holds all
 
@@ -30,7 +31,10 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
 
     Raises:
         NothingClassified: If no picture could be read; predictions.csv is written all the same.
+        UsageError: If ``folder`` is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output={folder}: expected a folder, found a file")
     names = [str(file) for file in data.files] or [f"test image {i}" for i in range(len(probabilities))]
     errors = {str(file): text for file, text in data.errors.items()}
     values, classes = probabilities.topk(3)  # [N, 3] each
