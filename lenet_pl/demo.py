@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageOps
 
 from lenet_pl import pictures
-from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule, normalise
+from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
 from lenet_pl.errors import UsageError
+from lenet_pl.loader import normalise
 from lenet_pl.module import LitLeNet
 
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}

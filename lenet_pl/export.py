@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lenet_pl import __version__
 from lenet_pl.checkpoint import write_atomic
-from lenet_pl.datamodule import EVAL_BATCH_SIZE, FashionMNIST, FashionMNISTDataModule, generator, normalise
+from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
 from lenet_pl.errors import UsageError
 from lenet_pl.lenet import LeNet5
+from lenet_pl.loader import EVAL_BATCH_SIZE, generator, normalise
 from lenet_pl.module import LitLeNet
 
 TOLERANCE = 1e-4  # of a logit or a probability: float32 sums in another order differ by some 1e-5

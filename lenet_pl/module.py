@@ -13,8 +13,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lenet_pl.checkpoint import CheckpointError
-from lenet_pl.datamodule import Batch
 from lenet_pl.lenet import LeNet5
+from lenet_pl.loader import Batch
 
 
 class LitLeNet(LightningModule):

@@ -24,8 +24,9 @@ from torchvision.transforms.v2.functional import InterpolationMode, affine
 
 from lenet_pl import __version__, checkpoint, plots
 from lenet_pl.callbacks import RunFolder
-from lenet_pl.datamodule import EVAL_BATCH_SIZE, FashionMNIST, FashionMNISTDataModule, generator, normalise
+from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.lenet import layers
+from lenet_pl.loader import EVAL_BATCH_SIZE, generator, normalise
 from lenet_pl.module import LitLeNet
 
 HERE = Path(__file__).parent

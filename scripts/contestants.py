@@ -216,7 +216,7 @@ def inference(args: argparse.Namespace) -> None:
     import torch
 
     from lenet_pl import LitLeNet
-    from lenet_pl.datamodule import normalise
+    from lenet_pl.loader import normalise
 
     model = LitLeNet().eval().to(find_device(args))
     rates = {}

@@ -7,7 +7,7 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from lenet_pl import FashionMNISTDataModule
-from lenet_pl.datamodule import normalise, shift
+from lenet_pl.loader import normalise, shift
 
 TRAIN, TEST = 330, 53
 

@@ -229,7 +229,7 @@ def test_the_comparison_can_fail(cli, undisturbed, monkeypatch, mistake):
     if mistake == "another seed":
         assert cli("fit", "--ckpt_path", "last", "--seed_everything", 1)[0] == 0
     else:
-        monkeypatch.setattr("lenet_pl.datamodule.Loader.set_epoch", lambda self, epoch: None)
+        monkeypatch.setattr("lenet_pl.loader.Loader.set_epoch", lambda self, epoch: None)
         go_on(cli)
     states, rows, _ = outcome(RUN)
     assert not same(states["last.ckpt"]["state_dict"], undisturbed[0]["last.ckpt"]["state_dict"])
