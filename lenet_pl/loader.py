@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -26,20 +27,18 @@ def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def shift(images: Tensor, offsets: Tensor) -> Tensor:
+def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
     """Moves each image by its own offset and fills the uncovered border with black.
 
     Args:
         images: uint8 images, ``[N, 1, 28, 28]``.
         offsets: Rows down and columns right, ``[N, 2]``, int64.
+        most: No offset is larger, in either direction.
     """
-    side = images.shape[-1]
-    source = torch.arange(side, device=images.device) - offsets.unsqueeze(-1)  # [N, 2, 28]
-    inside = (source >= 0) & (source < side)
-    rows, columns = source.clamp(0, side - 1).unbind(1)  # [N, 28] each
-    image = torch.arange(len(images), device=images.device)[:, None, None]
-    moved = images[image, 0, rows[:, :, None], columns[:, None]]  # [N, 28, 28]
-    return (moved * (inside[:, 0, :, None] & inside[:, 1, None])).unsqueeze(1)
+    padded = F.pad(images[:, 0], (most,) * 4)  # [N, 28 + 2 most, 28 + 2 most]
+    windows = padded.unfold(1, images.shape[2], 1).unfold(2, images.shape[3], 1)  # [N, 1 + 2 most, 1 + 2 most, 28, 28]
+    row, column = (most - offsets).unbind(1)
+    return windows[torch.arange(len(images), device=images.device), row, column].unsqueeze(1)
 
 
 class Loader:
@@ -94,7 +93,7 @@ class Loader:
             if self.train and data.flip:
                 images = torch.where(flips[piece, None, None, None], images.flip(-1), images)
             if self.train and data.shift:
-                images = shift(images, offsets[piece])
+                images = shift(images, offsets[piece], data.shift)
             images = normalise(images, data.mean, data.std)
             batches = list(zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True))
             yield batches if self.block > 1 else batches[0]

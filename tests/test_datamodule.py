@@ -147,7 +147,7 @@ def test_every_test_image_is_counted_once_over_all_processes(data, world):
 def test_shift_is_torchvisions_affine_per_image():
     images = torch.randint(1, 256, (20, 1, 28, 28), dtype=torch.uint8)
     offsets = torch.randint(-3, 4, (20, 2))
-    for image, (down, right), moved in zip(images, offsets.tolist(), shift(images, offsets), strict=True):
+    for image, (down, right), moved in zip(images, offsets.tolist(), shift(images, offsets, 3), strict=True):
         expected = v2.functional.affine(image, angle=0.0, translate=[right, down], scale=1.0, shear=[0.0, 0.0])
         assert torch.equal(moved, expected)
 
