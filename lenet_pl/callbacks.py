@@ -108,10 +108,12 @@ class RunFolder(Callback):
             FloatingPointError: If the training diverged; the checkpoints of the epochs before it stay.
         """
         metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
-        epoch, loss = trainer.current_epoch + 1, metrics["train_loss"]
-        if not math.isfinite(loss):
+        epoch = trainer.current_epoch + 1
+        seen = {name: metrics[name] for name in ("train_loss", *(["val_loss"] if self.validated else []))}
+        seen["a weight"] = float(sum(weight.detach().abs().sum() for weight in pl_module.net.parameters()))
+        if odd := [name for name, value in seen.items() if not math.isfinite(value)]:
             raise FloatingPointError(
-                f"train_loss is NaN or infinite in epoch {epoch}: training diverged at lr {pl_module.hparams['lr']};"
+                f"{odd[0]} is NaN or infinite in epoch {epoch}: training diverged at lr {pl_module.hparams['lr']};"
                 " try a smaller --model.lr. Checkpoints of finished epochs are intact."
             )
         if not trainer.is_global_zero:

@@ -14,13 +14,15 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 
+from lenet_pl.errors import UsageError
+
 # What Trainer.save_checkpoint writes for LitLeNet; restoring a file without these would fail far from here.
 _KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytorch-lightning_version": str}
 _FIT = "python -m lenet_pl fit --config configs/lenet.yaml"
 _REMEDY = f"\nGive another one with --ckpt_path, or train one: {_FIT}"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """A checkpoint is missing or unfit for use; the text gives name, cause and remedy in at most 3 lines."""
 
 

@@ -34,39 +34,25 @@ say = rank_zero_only(print)
 class Commands(Trainer):
     """Lightning's Trainer, with the commands that it lacks: LightningCLI takes their arguments from here."""
 
-    def report(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str | None = None) -> None:
+    def report(self, ckpt_path: str | None = None) -> None:
         """Writes report.html, with curves, confusions, calibration and mistakes, from a checkpoint.
 
         Args:
-            model: The net.
-            datamodule: The data.
             ckpt_path: A file, or best or last of the newest run.
         """
 
-    def export(
-        self,
-        model: LitLeNet,
-        datamodule: FashionMNISTDataModule,
-        ckpt_path: str | None = None,
-        format: Literal["onnx", "safetensors", "pt2"] = "onnx",
-    ) -> None:
+    def export(self, ckpt_path: str | None = None, format: Literal["onnx", "safetensors", "pt2"] = "onnx") -> None:
         """Writes the net as a file for other programs, and proves that it classifies like the checkpoint.
 
         Args:
-            model: The net.
-            datamodule: The data.
             ckpt_path: A file, or best or last of the newest run.
             format: onnx and pt2 take uint8 images and normalise inside; safetensors holds the weights alone.
         """
 
-    def demo(
-        self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str | None = None, port: int = 7860
-    ) -> None:
+    def demo(self, ckpt_path: str | None = None, port: int = 7860) -> None:
         """Opens a local page that classifies pictures.
 
         Args:
-            model: The net.
-            datamodule: The data.
             ckpt_path: A file, or best or last of the newest run.
             port: TCP port on 127.0.0.1, 1 to 65535.
         """
@@ -101,7 +87,7 @@ class CLI(LightningCLI):
             "validate": skip - {"return_predictions"},
             "test": skip - {"return_predictions"},
             "predict": skip - {"verbose"},
-            **{name: {"model", "datamodule"} for name in ("report", "export", "demo")},
+            **{name: set() for name in ("report", "export", "demo")},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -134,8 +120,6 @@ class CLI(LightningCLI):
                     raise UsageError("data.val_size=0: no images to validate on; expected more than 0, or use test")
                 say(f"checkpoint: {path}")
         except (argparse.ArgumentError, TypeError, KeyError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             known = self._subcommand_parsers[command]._option_string_actions
             raise UsageError(explain(str(error), command, known)) from error
 
@@ -170,7 +154,9 @@ class CLI(LightningCLI):
             for key, value in self.checkpoint.get("datamodule_hyper_parameters", {}).items():
                 if key != "data_dir" or Path(value).is_dir():
                     defaults[f"data.{key}"] = value
-            self._subcommand_parsers[command].set_defaults({**defaults, "seed_everything": self.checkpoint["seed"]})
+            self._subcommand_parsers[command].set_defaults(
+                {**defaults, "seed_everything": self.checkpoint["seed"] % 2**32}
+            )
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"Checkpoint {str(path)!r} is not one of lenet_pl: {error}") from error
         return path
@@ -185,14 +171,15 @@ class CLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
             raise self._refused(error) from error
         if self.checkpoint:
-            nets = (self.checkpoint["state_dict"], self.model.state_dict())
-            given, own = ({name: getattr(weight, "shape", None) for name, weight in net.items()} for net in nets)
-            if odd := [name for name in {**own, **given} if own.get(name) != given.get(name)]:
+            try:
+                self.model.load_state_dict(self.checkpoint["state_dict"])
+            except RuntimeError as error:
                 path, variant = self.config[self.subcommand].ckpt_path, self.model.hparams["variant"]
                 raise CheckpointError(
-                    f"Checkpoint {path!r} holds another net than model.variant={variant}: {odd[0]} differs.\n"
+                    f"Checkpoint {path!r} holds another net than model.variant={variant}: "
+                    f"{str(error).splitlines()[1].strip()[:150]}\n"
                     "Leave the --model options out, or give another one with --ckpt_path"
-                )
+                ) from error
 
     def _refused(self, error: Exception) -> UsageError:
         return UsageError(refused(str(error), self.config.subcommand, self.config[self.config.subcommand]))
@@ -217,6 +204,8 @@ class CLI(LightningCLI):
                 callbacks.append(ModelCheckpoint(filename="last", **options))
         if not training:
             kwargs["enable_checkpointing"] = False
+        if self.subcommand == "predict":  # one process writes all rows
+            kwargs |= {"devices": 1, "num_nodes": 1}
         if trainer.enable_progress_bar is not False and sys.stdout.isatty():
             callbacks.append(EpochBar())
         elif trainer.enable_progress_bar is None:
@@ -256,8 +245,6 @@ class CLI(LightningCLI):
         """Trains, then scores the best checkpoint on the test set."""
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        except CheckpointError:
-            raise
         except (ValueError, MisconfigurationException) as error:  # what only the data and the checkpoint could tell
             raise self._refused(error) from error
         finally:
@@ -278,21 +265,19 @@ class CLI(LightningCLI):
         from lenet_pl import report  # matplotlib takes a second
 
         if self.trainer.is_global_zero:
-            model.load_state_dict(checkpoint.load(ckpt_path)["state_dict"])
+            model.to(self.trainer.strategy.root_device)
             say(f"report: {report.write(Path(ckpt_path), model, datamodule)}")
 
     def export(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, format: str) -> None:
         """Writes the net as a file for other programs."""
         from lenet_pl import export
 
-        model.load_state_dict(self.checkpoint["state_dict"])
         export.write(Path(ckpt_path), model, datamodule, format, self.config.export.output)
 
     def demo(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, port: int) -> None:
         """Serves the page until Ctrl-C."""
         from lenet_pl import demo
 
-        model.load_state_dict(self.checkpoint["state_dict"])
         demo.serve(model, datamodule, port)
 
     def validate(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
@@ -313,12 +298,12 @@ class CLI(LightningCLI):
         self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
         metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
         path, tta = Path(ckpt_path), model.hparams["tta"]
-        own = self.checkpoint.get("hyper_parameters", model.hparams)["tta"]
+        own = tta if self.subcommand == "fit" else self.checkpoint["hyper_parameters"]["tta"]
         file = (checkpoint.run_folder(path) or path.parent) / ("test.json" if tta == own else f"test_tta_{tta}.json")
         result = {
             "test_acc": metrics["test_acc"],
             "test_loss": metrics["test_loss"],
-            "n": model.images_tested,
+            "n": int(metrics["n"]),
             "ckpt_path": str(path),
             "seed": self.config[self.subcommand].seed_everything,
         }
@@ -343,7 +328,7 @@ def run(args: list[str]) -> int:
         return 130 if isinstance(leave.__context__, KeyboardInterrupt) else int(leave.code or 0)
     except KeyboardInterrupt:
         return 130
-    except (UsageError, CheckpointError) as error:
+    except UsageError as error:
         return fail(error, 2)
     except Exception as error:
         return fail(error, 1)

@@ -86,6 +86,8 @@ def _is_sound(path: Path) -> bool:
 
 def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
     """Goes through the sources until nothing is missing."""
+    from lenet_pl.checkpoint import write_atomic  # and with it torch, which a complete data folder does not need
+
     failures: dict[str, str] = {}  # source: reason
     named = os.environ.get("LENET_PL_DATA_SOURCE")
     for source in (str(raw), *([named] if named else []), *SOURCES):  # raw: .gz files put there by hand
@@ -100,7 +102,7 @@ def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
                 if remote:  # a mirror that hangs must not hang four times
                     break
             else:
-                _write(content, scratch / name, raw / name)
+                write_atomic(raw / name, content)
                 missing.remove(name)
         if got := [name for name in wanted if name not in missing]:
             _say(f"{', '.join(got)}: from {source}")
@@ -193,18 +195,6 @@ def _unpack(package: str, scratch: Path) -> Path:
         told = [line for line in apt.stderr.splitlines() if "ailed" in line or line.startswith("E:")]
         raise ValueError(told[0] if told else f"apt-get took more than {APT_TIMEOUT} s")
     return folder
-
-
-def _write(content: bytes, temporary: Path, target: Path) -> None:
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        error.filename = str(target)  # a full disk does not tell which file
-        raise
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,6 @@
 """Training LeNet-5 on Lightning: loss, metrics, optimizer, and many exact optimizer steps per training step."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -70,9 +71,7 @@ class LitLeNet(LightningModule):
                 raise ValueError(f"model.{name}={value!r}: expected {expected}")
         self.save_hyperparameters()
         self.net = LeNet5(variant, dropout, init).to(memory_format=torch.channels_last)
-        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
-        if self.average is not None:
-            self.average.requires_grad_(False)
+        self.average = copy.deepcopy(self.net).requires_grad_(False) if ema_decay else None
         self.metrics: Any = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy=float("inf"))  # a NaN shows as inf
@@ -94,7 +93,9 @@ class LitLeNet(LightningModule):
             return self.net(images)  # type: ignore[no-any-return]
         net = self.net if self.average is None else self.average
         logits: Tensor = net(images)
-        return (logits + net(images.flip(-1))) / 2 if self.hparams["tta"] == "flip" else logits
+        if self.hparams["tta"] == "flip":
+            logits = (logits.clone() + net(images.flip(-1))) / 2  # a CUDA graph's next run overwrites its outputs
+        return logits
 
     def setup(self, stage: str) -> None:
         """Chooses between Lightning's automatic optimization and blocks of optimizer steps."""
@@ -103,12 +104,15 @@ class LitLeNet(LightningModule):
             self.automatic_optimization = self.block == 1
             self.seed = torch.initial_seed() % 2**63
             if self.hparams["compile"]:
-                self.net.compile(
-                    mode="reduce-overhead" if self.trainer.strategy.root_device.type == "cuda" else "default"
-                )
+                cuda = self.trainer.strategy.root_device.type == "cuda"
+                self.net.compile(mode="reduce-overhead" if cuda else "default")
 
     def configure_optimizers(self) -> Any:
-        """Returns Adam and, for ``one_cycle``, its scheduler."""
+        """Returns Adam and, for ``one_cycle``, its scheduler.
+
+        Raises:
+            ValueError: If ``one_cycle`` has no end to go to.
+        """
         lr = self.hparams["lr"]
         optimizer = torch.optim.Adam(
             self.net.parameters(),
@@ -117,16 +121,21 @@ class LitLeNet(LightningModule):
             decoupled_weight_decay=True,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        if self.average is not None:  # after each step, of automatic optimization or in a block
+            average = get_ema_multi_avg_fn(self.hparams["ema_decay"])
+            weights = list(self.average.parameters()), list(self.net.parameters())
+            optimizer.register_step_post_hook(lambda *_: average(*weights, None))
         if self.hparams["schedule"] == "constant":
             return optimizer
+        if self.trainer.max_epochs == self.trainer.max_steps == -1:
+            raise ValueError("schedule='one_cycle': expected trainer.max_epochs or trainer.max_steps, to end with them")
         if self.automatic_optimization:
             steps = int(self.trainer.estimated_stepping_batches)
         else:  # Lightning would count blocks
             steps = self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
-        warmup = self.hparams["warmup"]
-        scheduler = OneCycleLR(
-            optimizer, lr, steps + 1, pct_start=warmup, anneal_strategy="linear", cycle_momentum=False
-        )
+        steps += 1  # the scheduler also steps after the last one
+        options: dict[str, Any] = {"anneal_strategy": "linear", "cycle_momentum": False}
+        scheduler = OneCycleLR(optimizer, lr, steps, pct_start=max(self.hparams["warmup"], 2 / steps), **options)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> Tensor | None:
@@ -140,7 +149,7 @@ class LitLeNet(LightningModule):
 
     def _forward(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
         """Returns logits and mean loss of the mini-batch at ``position`` in the epoch."""
-        if self.hparams["dropout"]:
+        if self.hparams["dropout"]:  # by the place in the run, not by its history: a resumed run draws the same masks
             key = (self.seed, self.current_epoch, position, self.global_rank)
             torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         logits = self.net(batch[0])
@@ -161,27 +170,18 @@ class LitLeNet(LightningModule):
             optimizer.zero_grad()
             backward(loss)
             optimizer.step()
-            self._after_step()
             if isinstance(scheduler, OneCycleLR):
                 scheduler.step()
             torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the step
             all_logits.append(logits.detach().clone())  # a CUDA graph's next run overwrites its outputs
             losses.append(loss.detach().clone())
-        # Lightning has counted one step: global_step, and the step that loggers see, are optimizer steps.
+        # Lightning counts no step of a bare optimizer, and one batch: here global_step and the loggers' step count
+        # optimizer steps.
         loop = self.trainer.fit_loop.epoch_loop
         loop.manual_optimization.optim_step_progress.total.increment_by(len(block))
         loop._batches_that_stepped += len(block) - 1
         sizes = torch.tensor([len(labels) for _, labels in block], device=self.device)
         self._log("train", torch.cat(all_logits), torch.stack(losses), torch.cat([y for _, y in block]), sizes)
-
-    def _after_step(self) -> None:
-        if self.average is not None:
-            self.average.update_parameters(self.net)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Averages the weights after each of automatic optimization's steps."""
-        super().optimizer_step(*args, **kwargs)
-        self._after_step()
 
     def _log(self, stage: str, logits: Tensor, loss: Tensor, labels: Tensor, sizes: Tensor | None = None) -> None:
         """Adds mini-batches to the epoch's metrics; ``sizes`` are their numbers of images, where there are several."""
@@ -200,19 +200,10 @@ class LitLeNet(LightningModule):
         """Adds a batch to the validation metrics."""
         self._evaluate("val", batch)
 
-    def on_test_epoch_start(self) -> None:
-        """Starts the count of test images."""
-        self.images_tested = 0
-
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the test metrics."""
-        self.images_tested += len(batch[1])
+        """Adds a batch to the test metrics, and to the number of images tested."""
+        self.log("n", float(len(batch[1])), reduce_fx="sum", sync_dist=True, logger=False)
         self._evaluate("test", batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Adds up the images of all processes."""
-        count = torch.tensor(self.images_tested, device=self.device)
-        self.images_tested = int(self.trainer.strategy.reduce(count, reduce_op="sum"))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the class probabilities, ``[N, 10]``."""
@@ -253,8 +244,8 @@ class LitLeNet(LightningModule):
                 if old["lr"] != self.hparams["lr"]:
                     group[key] *= self.hparams["lr"] / old["lr"]
         loop = checkpoint["loops"]["fit_loop"]
-        # Lightning's marks depend on how an epoch ended, and some end it twice: here a run is within an epoch, also
-        # where max_steps or max_time cut it short, or between two.
+        # Lightning's counts depend on whether validation, max_steps or max_time ended the epoch. Here there are two
+        # cases: a run is within an epoch, or between two.
         batches = loop["epoch_loop.batch_progress"]
         for count in loop["epoch_progress"].values():
             count["processed"] = count["completed"] = count["processed" if batches["is_last_batch"] else "completed"]

@@ -122,7 +122,7 @@ def test_onnx_is_one_sound_file_that_computes_what_the_module_computes(run, trai
 
 def test_the_averaged_weights_differ_from_the_last(trained, workdir):
     state = checkpoint.load(trained)["state_dict"]  # or the tests could not tell them apart
-    a, b = state["net.classifier.6.weight"], state["average.module.classifier.6.weight"]
+    a, b = state["net.classifier.6.weight"], state["average.classifier.6.weight"]
     assert (a - b).abs().max() > 1e-3
 
 
@@ -142,7 +142,7 @@ def test_safetensors_hold_the_evaluated_weights(run, trained):
         check_metadata(file.metadata(), trained)
     assert weights.keys() == LeNet5().state_dict().keys()
     for name, weight in weights.items():
-        assert torch.equal(weight, checkpoint.load(trained)["state_dict"][f"average.module.{name}"])
+        assert torch.equal(weight, checkpoint.load(trained)["state_dict"][f"average.{name}"])
 
 
 @pytest.mark.parametrize("tta", ["none", "flip"])

@@ -65,12 +65,13 @@ def test_orthogonal_weights():
 def test_averaged_weights_are_evaluated_and_trained_ones_trained():
     model = LitLeNet(ema_decay=0.5)
     images = torch.randn(4, 1, 28, 28)
-    model.average.update_parameters(model.net)  # the first update copies
-    with torch.no_grad():
-        for p in model.net.parameters():
-            p.add_(1)
+    before, optimizer = [p.clone() for p in model.net.parameters()], model.configure_optimizers()
+    model.net(images).sum().backward()
+    optimizer.step()
+    for old, trained, average in zip(before, model.net.parameters(), model.average.parameters(), strict=True):
+        torch.testing.assert_close(average, (old + trained) / 2)
     assert torch.equal(model.train()(images), model.net(images))
-    assert torch.equal(model.eval()(images), model.average.module(images))
+    assert torch.equal(model.eval()(images), model.average(images))
     assert not torch.allclose(model.train()(images), model.eval()(images))
 
 

@@ -213,6 +213,11 @@ WRONG_USE = [
     pytest.param("fit --ckpt_path last --model.schedule one_cycle", "model.schedule='one_cycle'", "leave"),
     ("fit --ckpt_path last --trainer.max_epochs 1", "trainer.max_epochs=1", str(LAST), "epoch 2"),
     ("fit --ckpt_path last --model.lr oops", "model.lr=oops", "a number"),
+    (
+        "fit --data.val_size 60 --model.schedule one_cycle --trainer.max_epochs null --trainer.max_time 00:00:01:00",
+        "model.schedule='one_cycle'",
+        "max_epochs",
+    ),
     ("predict --output empty.yaml", "output=empty.yaml", "expected a folder"),
     ("export --format pt2 --output empty.yaml", "output=empty.yaml", "expected a folder"),
 ]

@@ -69,3 +69,10 @@ def test_a_missing_folder_is_wrong_use(trained):
     code, _, err = trained("predict", "--data.images", "nowhere")
     assert code == 2
     assert "nowhere" in err
+
+
+def test_one_process_writes_all_rows(trained):
+    trained("predict", "--output", "one")
+    code, _, err = trained("predict", "--output", "asked-for-two", "--trainer.devices", 2)
+    assert (code, err) == (0, "")
+    assert rows("one/predictions.csv") == rows("asked-for-two/predictions.csv")

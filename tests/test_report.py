@@ -170,7 +170,7 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
         assert caption in ("", f"✓ {name}") if i < 20 else caption[:2] in ("", "✗ ") and caption[2:] != name
     state = torch.load(ckpt, weights_only=True)
     assert given["curves"][0][1] == state["epoch"] + 1
-    assert torch.equal(given["filters"][0][0], state["state_dict"]["average.module.features.0.weight"])
+    assert torch.equal(given["filters"][0][0], state["state_dict"]["average.features.0.weight"])
     for lines in given["robustness"][0][0].values():
         for points in lines.values():
             assert points[0] == (predicted == labels).mean()  # undamaged

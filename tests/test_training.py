@@ -109,6 +109,20 @@ def test_divergence_stops_the_run(cli, workdir):
     assert last.read_bytes() == before
 
 
+def test_weights_broken_by_the_last_step_are_not_kept(cli, workdir):
+    code, _, err = cli(
+        "fit", "--data.val_size", 60, "--data.batch_size", 270, "--model.lr", 1e38, "--trainer.max_epochs", 1
+    )
+    assert code == 1
+    assert "is NaN or infinite in epoch 1" in err
+    assert not list(workdir.glob("runs/*/*/checkpoints/*"))
+
+
+def test_a_warmup_of_one_step(cli, workdir):
+    code, _, err = cli("fit", *TINY, "--model.schedule", "one_cycle", "--model.warmup", 0.1, "--trainer.max_steps", 9)
+    assert (code, err) == (0, "")
+
+
 def test_explicit_settings_win_on_resume(cli, workdir):
     cli("fit", *TINY, "--model.schedule", "one_cycle", "--model.lr", 0.01)
     flags = ("--model.lr", 0.002, "--model.weight_decay", 0.1, "--trainer.max_epochs", 4)
