@@ -210,9 +210,9 @@ def test_output_of_another_format_is_wrong_use(run, workdir):
 def test_a_place_that_cannot_be_written_is_named(run):
     need("safetensors")
     Path("taken").write_text("mine")
-    code, _, err = run("--format", "safetensors", "--output", "taken")
+    code, _, err = run("--format", "safetensors", "--output", "taken/deeper")
     assert code == 1
-    assert err.startswith("error: taken: File exists")
+    assert err.startswith("error: taken/deeper: Not a directory")
     assert Path("taken").read_text() == "mine"
 
 
