@@ -75,7 +75,7 @@ class RunFolder(Callback):
             if "best_model_path" in state:
                 path = folder / Path(state["best_model_path"]).name
                 state.update(dirpath=str(folder), best_model_path=str(path))
-                if not path.is_file():  # else no later epoch might beat the score, and there were no best.ckpt
+                if not path.is_file():  # best.ckpt is gone: forget its score, or perhaps no epoch would beat it
                     del callbacks[key]
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:

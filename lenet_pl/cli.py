@@ -248,7 +248,9 @@ class CLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:  # what only the data and the checkpoint could tell
             raise self._refused(error) from error
         finally:
-            if (run := self.run_folder) and run.path not in (run.parent, run.resumed) and not self.trainer.global_step:
+            run = self.run_folder
+            made = run is not None and not run.resumed and run.path != run.parent  # it is the parent until then
+            if run and made and not self.trainer.global_step:
                 shutil.rmtree(run.path, ignore_errors=True)  # of a run that never started
         if self.run_folder is None or not self.trainer.checkpoint_callbacks:
             return

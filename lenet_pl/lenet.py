@@ -77,11 +77,12 @@ class LeNet5(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(84, 10),  # [N, 10]
         )
-        for parameter in self.parameters() if init == "orthogonal" else ():
-            if parameter.ndim > 1:
-                nn.init.orthogonal_(parameter, 2**0.5)
-            else:
-                nn.init.zeros_(parameter)
+        if init == "orthogonal":
+            for parameter in self.parameters():
+                if parameter.ndim > 1:
+                    nn.init.orthogonal_(parameter, 2**0.5)
+                else:
+                    nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies normalised images.
