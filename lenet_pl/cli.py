@@ -207,7 +207,7 @@ class CLI(LightningCLI):
         if self.subcommand == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         if trainer.enable_progress_bar is not False and sys.stdout.isatty():
-            callbacks.append(EpochBar())
+            callbacks.append(EpochBar(refresh_rate=5))  # at Lightning's 100 a second its thread slows the steps
         elif trainer.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = False
         if self.subcommand == "fit" and trainer.enable_model_summary is not False:
