@@ -138,6 +138,11 @@ class LitLeNet(LightningModule):
         scheduler = OneCycleLR(optimizer, lr, steps, pct_start=max(self.hparams["warmup"], 2 / steps), **options)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Sums the training loss in float64: blocks, stops and processes, which change the order, round nothing."""
+        if self.device.type != "mps":  # which has no float64; not earlier, for a move to the device undoes it
+            self.metrics["train_loss"].set_dtype(torch.float64)
+
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> Tensor | None:
         """Runs one mini-batch under automatic optimization, or an optimizer step on each mini-batch of a block."""
         if isinstance(batch, list):

@@ -92,9 +92,7 @@ def rows(run):
 
 def outcome(run):
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    # After a stop in mid-epoch the processes' float32 sums are added in another order: README says so.
-    results = [row | {"train_loss": f"{float(row['train_loss']):.5f}"} for row in rows(run)]
-    return [state["state_dict"], state["optimizer_states"], results, weights(run / "checkpoints/best.ckpt")]
+    return [state["state_dict"], state["optimizer_states"], rows(run), weights(run / "checkpoints/best.ckpt")]
 
 
 def check_ranks_agree(processes):
