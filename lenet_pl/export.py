@@ -94,7 +94,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule, format
     if labels is not None:
         metadata["test_accuracy"] = f"{(classes == labels).double().mean():.4f}"
     net = LeNet5(variant).eval()  # contiguous float32 on the CPU, whatever the training used
-    net.load_state_dict((model.net if model.average is None else model.average).state_dict())
+    net.load_state_dict(model.net.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters about their own steps
         content, classify = _build(format, Classifier(net, data.mean, data.std, tta == "flip"), metadata)

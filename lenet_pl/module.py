@@ -1,6 +1,5 @@
 """Training LeNet-5 on Lightning: loss, metrics, optimizer, and many exact optimizer steps per training step."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -34,8 +32,6 @@ class LitLeNet(LightningModule):
             optimizer step.
         warmup: Share of the one-cycle schedule spent going up, above 0 and below 1.
         label_smoothing: Share of the target spread evenly over the classes in training, 0 to 1.
-        ema_decay: Decay per optimizer step of the exponential moving average of the weights that is evaluated in
-            place of the last weights, 0 (no average) to below 1.
         tta: Test-time augmentation: ``"none"``, or ``"flip"`` to average the logits of an image and its mirror image.
         compile: Whether to train through ``torch.compile`` (on a GPU with CUDA graphs). Pays off in long runs only.
 
@@ -53,7 +49,6 @@ class LitLeNet(LightningModule):
         schedule: str = "constant",
         warmup: float = 0.3,
         label_smoothing: float = 0.0,
-        ema_decay: float = 0.0,
         tta: str = "none",
         compile: bool = False,
     ) -> None:
@@ -65,13 +60,11 @@ class LitLeNet(LightningModule):
             ("warmup", warmup, 0 < warmup < 1, "a number between 0 and 1"),
             ("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "a number from 0 to 1"),
             ("tta", tta, tta in ("none", "flip"), "'none' or 'flip'"),
-            ("ema_decay", ema_decay, 0 <= ema_decay < 1, "a number from 0 to below 1, such as 0.999"),
         ):
             if not fine:
                 raise ValueError(f"model.{name}={value!r}: expected {expected}")
         self.save_hyperparameters()
         self.net = LeNet5(variant, dropout, init).to(memory_format=torch.channels_last)
-        self.average = copy.deepcopy(self.net).requires_grad_(False) if ema_decay else None
         self.metrics: Any = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy=float("inf"))  # a NaN shows as inf
@@ -86,15 +79,11 @@ class LitLeNet(LightningModule):
             images: Float images, ``[N, 1, 28, 28]``.
 
         Returns:
-            Logits, ``[N, 10]``; in evaluation mode those of the averaged weights and over both mirrorings, where the
-            arguments ask for that.
+            Logits, ``[N, 10]``; in evaluation mode the mean over both mirrorings, where ``tta`` asks for that.
         """
-        if self.training:
-            return self.net(images)  # type: ignore[no-any-return]
-        net = self.net if self.average is None else self.average
-        logits: Tensor = net(images)
-        if self.hparams["tta"] == "flip":
-            logits = (logits.clone() + net(images.flip(-1))) / 2  # a CUDA graph's next run overwrites its outputs
+        logits: Tensor = self.net(images)
+        if self.hparams["tta"] == "flip" and not self.training:
+            logits = (logits.clone() + self.net(images.flip(-1))) / 2  # a CUDA graph's next run overwrites its outputs
         return logits
 
     def setup(self, stage: str) -> None:
@@ -121,10 +110,6 @@ class LitLeNet(LightningModule):
             decoupled_weight_decay=True,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        if self.average is not None:  # after each step, of automatic optimization or in a block
-            average = get_ema_multi_avg_fn(self.hparams["ema_decay"])
-            weights = list(self.average.parameters()), list(self.net.parameters())
-            optimizer.register_step_post_hook(lambda *_: average(*weights, None))
         if self.hparams["schedule"] == "constant":
             return optimizer
         if self.trainer.max_epochs == self.trainer.max_steps == -1:
@@ -232,8 +217,8 @@ class LitLeNet(LightningModule):
             CheckpointError: If the checkpoint belongs to another net or another kind of schedule.
         """
         old = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
-        for name, kind in (("variant", str), ("schedule", str), ("ema_decay", bool)):
-            if kind(old[name]) != kind(self.hparams[name]):
+        for name in ("variant", "schedule"):
+            if old[name] != self.hparams[name]:
                 raise CheckpointError(
                     f"model.{name}={self.hparams[name]!r}: the checkpoint has {old[name]!r}; leave that setting out"
                 )

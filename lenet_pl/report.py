@@ -132,8 +132,7 @@ def _figures(model: LitLeNet, data: FashionMNISTDataModule, logits: Tensor) -> d
     first_images, first_labels = data.first_images(25)
     few, few_labels = images[:500], labels[:500]
     damage = _robustness(few, lambda x: (_logits(model, data, x).argmax(1) == few_labels).double().mean().item())
-    net: Any = model.net if model.average is None else model.average
-    first = net.features[0]
+    first: Any = model.net.features[0]
     with torch.inference_mode():
         responses = first(normalise(images[:1].to(model.device), data.mean, data.std))[0]
     shown: list[int | None] = []  # a column for each class: two right above two wrong, or gaps

@@ -15,7 +15,7 @@ from conftest import TEST, same, weights
 TINY = ("--data.val_size", 60, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu")
 # float64: Adam makes whole steps of a gradient that is 0 but for rounding, and rounding differs with the batch
 EXACT = (*TINY, "--trainer.precision", "64-true")
-RICH = (*TINY, "--data.batch_size", 5, "--data.flip", "true", "--model.dropout", 0.2, "--model.ema_decay", 0.9)
+RICH = (*TINY, "--data.batch_size", 5, "--data.flip", "true", "--model.dropout", 0.2)
 DDP = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
 RUN = Path("runs/lenet/version_0")
 long = pytest.mark.long

@@ -22,11 +22,11 @@ OPTIONAL = ["onnx", "onnxruntime", "onnxscript", "safetensors"]
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """A checkpoint whose averaged weights are far from its last ones."""
+    """A checkpoint of two epochs."""
     folder = tmp_path_factory.mktemp("trained")
     with inside(folder, tiny) as patch:
         patch.setattr("lenet_pl.cli.CLI.report", lambda *args: None)
-        options = ("--model.ema_decay", 0.95, "--model.lr", 0.0005, "--model.dropout", 0.1, "--trainer.max_epochs", 2)
+        options = ("--model.lr", 0.0005, "--model.dropout", 0.1, "--trainer.max_epochs", 2)
         assert main(["fit", *map(str, (*TINY, *options))]) == 0
     return folder / BEST
 
@@ -120,12 +120,6 @@ def test_onnx_is_one_sound_file_that_computes_what_the_module_computes(run, trai
         close(onnx_outputs(pixels(n)), expected(trained, pixels(n)))
 
 
-def test_the_averaged_weights_differ_from_the_last(trained, workdir):
-    state = checkpoint.load(trained)["state_dict"]  # or the tests could not tell them apart
-    a, b = state["net.classifier.6.weight"], state["average.classifier.6.weight"]
-    assert (a - b).abs().max() > 1e-3
-
-
 def test_safetensors_hold_the_evaluated_weights(run, trained):
     need("safetensors")
     import safetensors.torch
@@ -142,7 +136,7 @@ def test_safetensors_hold_the_evaluated_weights(run, trained):
         check_metadata(file.metadata(), trained)
     assert weights.keys() == LeNet5().state_dict().keys()
     for name, weight in weights.items():
-        assert torch.equal(weight, checkpoint.load(trained)["state_dict"][f"average.{name}"])
+        assert torch.equal(weight, checkpoint.load(trained)["state_dict"][f"net.{name}"])
 
 
 @pytest.mark.parametrize("tta", ["none", "flip"])

@@ -62,19 +62,6 @@ def test_orthogonal_weights():
             torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), atol=1e-5, rtol=0)
 
 
-def test_averaged_weights_are_evaluated_and_trained_ones_trained():
-    model = LitLeNet(ema_decay=0.5)
-    images = torch.randn(4, 1, 28, 28)
-    before, optimizer = [p.clone() for p in model.net.parameters()], model.configure_optimizers()
-    model.net(images).sum().backward()
-    optimizer.step()
-    for old, trained, average in zip(before, model.net.parameters(), model.average.parameters(), strict=True):
-        torch.testing.assert_close(average, (old + trained) / 2)
-    assert torch.equal(model.train()(images), model.net(images))
-    assert torch.equal(model.eval()(images), model.average(images))
-    assert not torch.allclose(model.train()(images), model.eval()(images))
-
-
 def test_flip_averages_the_logits_of_both_mirrorings():
     model, images = LitLeNet(tta="flip").eval(), torch.randn(4, 1, 28, 28)
     expected = (model.net(images) + model.net(images.flip(-1))) / 2

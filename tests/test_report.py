@@ -19,7 +19,7 @@ from lenet_pl.__main__ import main
 from lenet_pl.lenet import layers
 
 ALWAYS = {"samples", "confusion_matrix", "reliability", "robustness", "right_and_wrong", "filters"}
-SETTINGS = {"data.val_size": 60, "data.batch_size": 8, "data.flip": True, "model.ema_decay": 0.9}
+SETTINGS = {"data.val_size": 60, "data.batch_size": 8, "data.flip": True, "model.dropout": 0.1}
 SETTINGS |= {"model.schedule": "one_cycle", "model.lr": 0.0005, "trainer.max_epochs": 2}
 
 
@@ -170,7 +170,7 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
         assert caption in ("", f"✓ {name}") if i < 20 else caption[:2] in ("", "✗ ") and caption[2:] != name
     state = torch.load(ckpt, weights_only=True)
     assert given["curves"][0][1] == state["epoch"] + 1
-    assert torch.equal(given["filters"][0][0], state["state_dict"]["average.features.0.weight"])
+    assert torch.equal(given["filters"][0][0], state["state_dict"]["net.features.0.weight"])
     for lines in given["robustness"][0][0].values():
         for points in lines.values():
             assert points[0] == (predicted == labels).mean()  # undamaged
@@ -188,7 +188,7 @@ def test_the_article_beside(page):
     assert parser.row("training images")[:2] == ["60,000", "270"]
     assert parser.row("net") == ["107,786 parameters", "107,786 parameters", "the same"]
     assert parser.row("optimizer")[1] == "Adam, lr 0.0005 at the peak of one cycle, ε 1e-8"
-    assert parser.row("beyond that")[1] == "mirrored images, averaged weights (decay 0.9)"
+    assert parser.row("beyond that")[1] == "mirrored images, dropout 0.1"
     assert all(row[-1] for row in parser.rows if len(row) == 4)  # no difference without a word on it
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning
 
 EPOCHS, STEPS = 3, 34
 RICH = ["--data.val_size", "60", "--data.batch_size", "8", "--trainer.max_epochs", str(EPOCHS)]
-RICH += ["--data.flip", "true", "--data.shift", "1", "--model.dropout", "0.2", "--model.ema_decay", "0.9"]
+RICH += ["--data.flip", "true", "--data.shift", "1", "--model.dropout", "0.2"]
 RICH += ["--model.schedule", "one_cycle", "--model.lr", "0.01"]
 RUN = Path("runs/lenet/version_0")
 LAST = RUN / "checkpoints/last.ckpt"

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lenet_pl import FashionMNISTDataModule, LitLeNet
 
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 2)
-RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2, "--model.ema_decay", 0.9)
+RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2)
 
 
 def rows(folder):
