@@ -64,7 +64,7 @@ def interrupted(args, target, name, nth, *signals):
 
 
 def outcome(run):
-    """Everything that has to be the same: weights, averages, optimizer, scheduler, counts, and all rows but seconds."""
+    """Everything that has to be the same: weights, optimizer, scheduler, counts, and all rows but seconds."""
     states = {p.name: torch.load(p, weights_only=True) for p in (run / "checkpoints").iterdir()}
     rows = [row | {"seconds": ""} for row in csv.DictReader((run / "results.csv").read_text().splitlines())]
     keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
