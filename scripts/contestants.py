@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-BATCH, VAL = 32, 5000
+BATCH = 32
 
 
 def say(epoch: int, train_acc: float, val_acc: float) -> None:
@@ -37,7 +37,8 @@ def read(args: argparse.Namespace) -> list[Any]:
     order = torch.randperm(len(data))
     images = (data.data[order].unsqueeze(1) / 255 - 0.2860) / 0.3530
     labels = data.targets[order]
-    return [part.to(find_device(args)) for part in (images[VAL:], labels[VAL:], images[:VAL], labels[:VAL])]
+    val, device = args.val_size, find_device(args)
+    return [part.to(device) for part in (images[val:], labels[val:], images[:val], labels[:val])]
 
 
 def validate(net: Any, images: Any, labels: Any) -> float:
@@ -168,7 +169,7 @@ def stock_lightning(args: argparse.Namespace) -> None:
 
     seed_everything(args.seed)
     data = FashionMNIST(args.data_dir, transform=Compose([ToTensor(), Normalize((0.2860,), (0.3530,))]))
-    train, val = random_split(data, [len(data) - VAL, VAL])
+    train, val = random_split(data, [len(data) - args.val_size, args.val_size])
     workers: dict[str, Any] = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
     trainer = Trainer(max_epochs=args.epochs, accelerator=args.accelerator, devices=1)
     trainer.fit(Stock(), DataLoader(train, BATCH, shuffle=True, **workers), DataLoader(val, 1000, **workers))
@@ -188,7 +189,7 @@ def keras_script(args: argparse.Namespace) -> None:
     labels = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8)
     images = pixels.reshape(-1, 28, 28, 1) / np.float32(255)
     order = np.random.permutation(len(labels))
-    train, val = order[VAL:], order[:VAL]
+    train, val = order[args.val_size :], order[: args.val_size]
     model = keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -247,6 +248,7 @@ if __name__ == "__main__":
     parser.add_argument("contestant", choices=CONTESTANTS)
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--val_size", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="of stock Lightning's DataLoader (default: torch's, 0)")
