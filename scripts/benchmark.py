@@ -48,7 +48,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contestants import BATCH
+from contestants import BATCH, VAL
 from rich.console import Console
 from rich.table import Table
 
@@ -245,7 +245,7 @@ def main() -> int:
         args.keras = str(Path(found).absolute())
     watch([sys.executable, "-c", download, args.data_dir], args, ".")
     total = (Path(args.data_dir) / "FashionMNIST/raw/train-labels-idx1-ubyte").stat().st_size - 8
-    args.val_size = total // 2 if args.quick else 5000
+    args.val_size = total // 2 if args.quick else VAL
 
     speed = json.loads(contest("inference", args, 0).lines[-1][1])
     cpuinfo = Path("/proc/cpuinfo")

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-BATCH = 32
+BATCH, VAL = 32, 5000
 
 
 def say(epoch: int, train_acc: float, val_acc: float) -> None:
@@ -248,7 +248,7 @@ if __name__ == "__main__":
     parser.add_argument("contestant", choices=CONTESTANTS)
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--val_size", type=int, default=5000)
+    parser.add_argument("--val_size", type=int, default=VAL)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="of stock Lightning's DataLoader (default: torch's, 0)")
