@@ -57,9 +57,9 @@ def _main(args: list[str]) -> int:
         print(f"lenet_pl {__version__}")
         return 0
     if args[0] in COMMANDS:
-        from lenet_pl.cli import run
+        from lenet_pl.commands import run
 
-        return run(args)
+        return run(args[0], args[1:])
     later = [name for name in COMMANDS if name in args]
     near = difflib.get_close_matches(args[0].lower(), COMMANDS, 1)
     if args[0].startswith("-") and later:
@@ -68,7 +68,7 @@ def _main(args: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?"
     else:
         hint = f"expected one of {', '.join(COMMANDS)}"
-    print(f"error: {args[0]!r} is no command; {hint}", file=sys.stderr)
+    print(f"error: {args[0]!r} is not a command; {hint}", file=sys.stderr)
     return 2
 
 

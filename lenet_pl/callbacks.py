@@ -1,157 +1,188 @@
-"""What a run leaves behind and prints: its folder, results.csv, epoch lines; and how it stops on a signal."""
+"""What a run leaves behind and prints: its folder, a row and a line an epoch, the layers, a progress bar."""
 
-import csv
-import io
+import inspect
 import math
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import rich
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Column, Table
 from rich.text import Text
 
-from lenet_pl.checkpoint import write_atomic
+from lenet_pl import runs
+from lenet_pl.atomic import write_atomic
 from lenet_pl.lenet import layers
-
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 
 
 class RunFolder(Callback):
-    """Keeps ``runs/<name>/version_N``: config.yaml, TensorBoard events, and a row of results.csv for each epoch.
+    """Keeps the run folder: config.yaml, and for each epoch a row of results.csv and a printed line.
 
     Args:
         parent: ``runs/<name>``; a new run gets the next free ``version_N`` in it.
         config: The complete configuration, as YAML.
         resumed: The folder of the run to go on with, if any.
-        step: The optimizer step it goes on from.
-        tensorboard: Whether to write TensorBoard events into the folder.
     """
 
-    def __init__(
-        self, parent: Path, config: str, resumed: Path | None = None, step: int = 0, tensorboard: bool = True
-    ) -> None:
-        self.parent, self.config, self.resumed, self.step, self.tensorboard = parent, config, resumed, step, tensorboard
-        self.path = resumed or parent
+    takes_blocks = True  # it looks at epochs only, see blocks.py
+
+    def __init__(self, parent: Path, config: str, resumed: Path | None = None) -> None:
+        self.parent, self.config, self.resumed = parent, config, resumed
+        self._path = resumed
         self.started = 0.0
+        self.fastest = math.inf  # seconds of the fastest epoch
         self.validated = False
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Makes the folder when everything before the training has gone well."""
-        if stage != "fit":
-            return
-        if trainer.is_global_zero:
-            self.path = self.resumed or self._next_version()
-            if not self.resumed:
-                write_atomic(self.path / "config.yaml", self.config.encode())
-        self.path = trainer.strategy.broadcast(self.path)
-        for callback in trainer.checkpoint_callbacks:
-            callback.dirpath = str((self.path / "checkpoints").resolve())  # type: ignore[attr-defined]
-        if self.tensorboard:  # made here, for the folder is not known before; events of superseded steps are dropped
-            root, name, version = self.path.parts[:-2], self.path.parts[-2], self.path.parts[-1]
-            options: dict[str, Any] = {"purge_step": max(self.step - 1, 0)} if self.resumed else {}
-            trainer.loggers = [TensorBoardLogger(Path(*root), name, version, default_hp_metric=False, **options)]
+    @property
+    def path(self) -> Path:
+        """The run folder; the first one who asks makes it."""
+        if self._path is None:
+            self._path = runs.new(self.parent)
+            write_atomic(self._path / runs.CONFIG, self.config.encode())
+        return self._path
 
-    def _next_version(self) -> Path:
-        taken = [int(p.name[8:]) for p in self.parent.glob("version_*") if p.name[8:].isdecimal()]
-        for version in range(max(taken, default=-1) + 1, 2**31):
-            path = self.parent / f"version_{version}"
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:  # another run was quicker
-                continue
-            return path
-        raise FileExistsError(str(self.parent))
+    @property
+    def is_new(self) -> bool:
+        """Whether this process made the folder."""
+        return self.resumed is None and self._path is not None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Tells every process the folder, and puts checkpoints without a folder of their own into it."""
+        self._path = trainer.strategy.broadcast(self.path if trainer.is_global_zero else None)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self.path / "checkpoints").resolve())
+                if callback.save_last:  # last.ckpt is the newest finished epoch's, and ours
+                    callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Lets ModelCheckpoint remember the best score although the run folder may have been moved."""
-        folder, callbacks = (self.path / "checkpoints").resolve(), checkpoint["callbacks"]
-        for key, state in list(callbacks.items()):
-            if "best_model_path" in state:
-                path = folder / Path(state["best_model_path"]).name
-                state.update(dirpath=str(folder), best_model_path=str(path))
-                if not path.is_file():  # best.ckpt is gone: forget its score, or perhaps no epoch would beat it
-                    del callbacks[key]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Repeats the last epoch's events: Lightning writes them after its checkpoint, a kill may have come between."""
-        for row in self.rows():
-            if self.tensorboard and int(row["step"]) == self.step:
-                values = {name: float(row[name]) for name in COLUMNS[3:7] if row[name]}
-                trainer.loggers[0].log_metrics({**values, "epoch": int(row["epoch"]) - 1}, self.step - 1)
+        """Lets what a callback is told now win over the checkpoint, and finds best.ckpt in a folder that has moved."""
+        states = checkpoint["callbacks"]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = states.get(callback.state_key)
+            if not isinstance(state, dict):
+                continue
+            for name in inspect.signature(type(callback)).parameters:
+                if name in state and hasattr(callback, name):
+                    state[name] = getattr(callback, name)
+            if state.get("best_model_path"):
+                best = Path(state["dirpath"]) / Path(state["best_model_path"]).name
+                state["best_model_path"] = str(best)
+                if not best.is_file():  # without the file its score must go too, or perhaps no epoch would beat it
+                    del states[callback.state_key]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes the settings a run goes on with, and drops what it wrote after the checkpoint it goes on from."""
-        self.started = time.perf_counter()
-        if self.resumed and trainer.is_global_zero:  # the checkpoint has been accepted
-            write_atomic(self.path / "config.yaml", self.config.encode())
+        """Notes the settings a run goes on with, and drops rows of epochs after its checkpoint."""
+        if self.resumed and trainer.is_global_zero:  # by now the checkpoint has been accepted
+            write_atomic(self.path / runs.CONFIG, self.config.encode())
+            (self.path / runs.FINISHED).unlink(missing_ok=True)
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            self._write([row for row in self.rows() if int(row["epoch"]) <= finished])
+            kept = [row for row in runs.read_results(self.path) if int(row["epoch"]) <= finished]
+            runs.write_results(self.path, kept)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the epoch's clock."""
         self.started, self.validated = time.perf_counter(), False
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes that this epoch has validation metrics: Lightning shows those of an earlier one otherwise."""
+        """Notes that this epoch has validation metrics; Lightning goes on showing those of an earlier epoch."""
         self.validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Writes the epoch's row and prints it.
+        """Writes the epoch's row and prints its line.
 
         Raises:
             FloatingPointError: If the training diverged; the checkpoints of the epochs before it stay.
         """
         metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
-        epoch = trainer.current_epoch + 1
-        seen = {name: metrics[name] for name in ("train_loss", *(["val_loss"] if self.validated else []))}
-        seen["a weight"] = float(sum(weight.detach().abs().sum() for weight in pl_module.net.parameters()))
-        if odd := [name for name, value in seen.items() if not math.isfinite(value)]:
-            raise FloatingPointError(
-                f"{odd[0]} is NaN or infinite in epoch {epoch}: training diverged at lr {pl_module.hparams['lr']};"
-                " try a smaller --model.lr. Checkpoints of finished epochs are intact."
-            )
+        epoch, seconds = trainer.current_epoch + 1, time.perf_counter() - self.started
+        checked = {"train_loss": metrics["train_loss"]}
+        if self.validated:
+            checked["val_loss"] = metrics["val_loss"]
+        checked["a weight"] = float(sum(weight.detach().abs().sum() for weight in pl_module.parameters()))
+        for name, value in checked.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is NaN or infinite in epoch {epoch}: the training diverged at lr {pl_module.hparams['lr']}. "
+                    "Try a smaller --model.lr. Checkpoints of finished epochs are intact."
+                )
         if not trainer.is_global_zero:
             return
-        shown = [name for name in COLUMNS if self.validated or not name.startswith("val_")]
-        row: dict[str, Any] = {name: metrics[name] if name in shown and name in metrics else "" for name in COLUMNS}
+        row: dict[str, Any] = {name: metrics.get(name, "") for name in runs.COLUMNS}
+        if not self.validated:
+            row.update(val_loss="", val_acc="")
         row.update(epoch=epoch, step=trainer.global_step, lr=trainer.optimizers[0].param_groups[0]["lr"])
-        row["seconds"] = round(time.perf_counter() - self.started, 3)
-        self._write([*self.rows(), row])
+        row["seconds"] = round(seconds, 3)
+        runs.write_results(self.path, [*runs.read_results(self.path), row])
         print(epoch_line(row, trainer.max_epochs), flush=True)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Returns the rows of results.csv, without one that a crash cut short."""
-        path = self.path / "results.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if row.get("seconds")]
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Notes that the training has ended, and says why where it ended early."""
+        done, reason = trainer.current_epoch, _reason(trainer)
+        if trainer.is_global_zero:
+            write_atomic(self.path / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
+            if reason:
+                print(f"The training ended after epoch {done}: {reason}")
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(self.path / "results.csv", text.getvalue().encode())
+
+def _reason(trainer: Trainer) -> str | None:
+    """Says why a training ended before ``max_epochs``, or returns None if it did not."""
+    if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
+        return None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            best = f"{callback.monitor} was best at {float(callback.best_score):.4f}"
+            return f"EarlyStopping: {best} and has not improved since"
+    if trainer.global_step == trainer.max_steps:
+        return f"trainer.max_steps={trainer.max_steps} is reached"
+    return "a callback, such as the clock of trainer.max_time, asked for it"
 
 
 def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
     """Formats a row of results.csv for people: accuracies in per cent."""
     parts = [f"epoch {row['epoch']}/{max_epochs}"]
-    for name in COLUMNS[3:7]:
+    for name in runs.COLUMNS[3:7]:
         if row[name] != "":
             parts.append(f"{name} {row[name]:.2%}" if name.endswith("acc") else f"{name} {row[name]:.4f}")
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
+class RunLogger(TensorBoardLogger):
+    """Writes TensorBoard events into the run folder, which exists only when the training starts.
+
+    Args:
+        folder: Knows the run folder.
+        step: The optimizer step from which the run goes on; events of later steps are dropped.
+    """
+
+    def __init__(self, folder: RunFolder, step: int = 0) -> None:
+        options: dict[str, Any] = {"purge_step": max(step - 1, 0)} if step else {}
+        super().__init__(folder.parent.parent, folder.parent.name, default_hp_metric=False, **options)
+        self.folder, self.first_step = folder, step
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self.folder.path)
+
+    def repeat_last_epoch(self) -> None:
+        """Writes the last epoch's events again: Lightning writes them after its checkpoint, a kill may come between."""
+        for row in runs.read_results(self.folder.path):
+            if int(row["step"]) == self.first_step:
+                values = {name: float(row[name]) for name in runs.COLUMNS[3:7] if row[name]}
+                self.log_metrics({**values, "epoch": int(row["epoch"]) - 1}, self.first_step - 1)
+
+
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps ``best.ckpt``, the epoch with the highest ``val_acc``, the earlier one on a tie."""
+    """Keeps best.ckpt, the epoch with the highest ``val_acc``, the earlier one on a tie."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="best", monitor="val_acc", mode="max", save_on_train_epoch_end=True, enable_version_counter=False
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Saves if that was the best epoch; one that ``max_steps`` cut short has no validation to go by."""
@@ -159,8 +190,17 @@ class BestCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps last.ckpt, the newest epoch: Lightning's own ``save_last`` writes only when it saves another one."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+
 class Summary(Callback):
     """Prints the net's layers with output shapes and parameters at the start, as the article does."""
+
+    takes_blocks = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Prints the table."""
@@ -178,7 +218,10 @@ class Summary(Callback):
 class EpochBar(RichProgressBar):
     """An epoch's progress on a terminal, with the metrics so far; the finished epochs are lines above it."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=5)  # at Lightning's 100 times a second its thread slows the steps
+
+    def _get_train_description(self, current_epoch: int) -> str:  # private, for there is no public one (#12183)
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted like results.csv and the lines
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
@@ -189,62 +232,3 @@ class EpochBar(RichProgressBar):
             for name, value in metrics.items()
             if isinstance(value, float)
         }
-
-
-class Stopped(Exception):  # noqa: N818 (being stopped is no error)
-    """A signal ended the training; the newest checkpoint is written.
-
-    Args:
-        signum: The signal's number.
-        path: That checkpoint, if any.
-    """
-
-    def __init__(self, signum: int, path: Path | None) -> None:
-        super().__init__(signum, path)
-        self.signum, self.path = signum, path
-
-
-class GracefulStop(Callback):
-    """Ends a training on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1, so that it can go on exactly where it was.
-
-    The block in flight is finished and ``last.ckpt`` written; after the last block of an epoch also the validation. A
-    second signal ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.signum = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Takes the signals over from Lightning, which would lose the steps since the last epoch and exit with 0."""
-        for signum in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])):
-            signal.signal(signum, self._notice)
-
-    def _notice(self, signum: int, frame: Any) -> None:
-        self.signum = signum
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stops between two blocks of an epoch; after its last one, when that epoch's checkpoints are written."""
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.global_step == trainer.max_steps
-        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches  # a checkpoint holds no gradients
-        if not last and not accumulating:
-            self._stop_if_asked(trainer, pl_module, save=True)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Stops between two epochs."""
-        self._stop_if_asked(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Stops after the last epoch."""
-        self._stop_if_asked(trainer, pl_module)
-
-    def _stop_if_asked(self, trainer: Trainer, pl_module: Any, save: bool = False) -> None:
-        """Raises ``Stopped`` if any process was told to stop."""
-        if not trainer.strategy.reduce_boolean_decision(bool(self.signum), all=False):
-            return
-        folders = [c.dirpath for c in trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
-        last = Path(folders[0]) / "last.ckpt" if folders else None
-        if save and last and pl_module.metrics["train_loss"].compute().isfinite():
-            trainer.save_checkpoint(last)
-        raise Stopped(self.signum or signal.SIGTERM, last if last and last.exists() else None)

@@ -1,339 +1,380 @@
-"""The command line: LightningCLI with run folders, checkpoint names, and errors of one to three lines."""
+"""LightningCLI: from the options of a command to its data, model and trainer.
 
-import argparse
-import json
+Settings come from four places, the later winning over the earlier: the defaults in the signatures; what the checkpoint
+or its run folder says; config files; flags.
+"""
+
 import os
 import re
-import shutil
-import signal
 import sys
+import warnings
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
 import torch
+import yaml
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
-from lenet_pl import checkpoint
-from lenet_pl.callbacks import BestCheckpoint, EpochBar, GracefulStop, RunFolder, Stopped, Summary
-from lenet_pl.checkpoint import AtomicCheckpointIO, CheckpointError
+from lenet_pl import blocks, checkpoint, configs, runs
+from lenet_pl.callbacks import BestCheckpoint, EpochBar, LastCheckpoint, RunFolder, RunLogger, Summary
 from lenet_pl.datamodule import FashionMNISTDataModule
-from lenet_pl.errors import UsageError, check, check_file, explain, fail, quiet, refused
+from lenet_pl.errors import UsageError, explain
 from lenet_pl.module import LitLeNet
 
-say = rank_zero_only(print)
-
-
-class Commands(Trainer):
-    """Lightning's Trainer, with the commands that it lacks: LightningCLI takes their arguments from here."""
-
-    def report(self, ckpt_path: str | None = None) -> None:
-        """Writes report.html, with curves, confusions, calibration and mistakes, from a checkpoint.
-
-        Args:
-            ckpt_path: A file, or best or last of the newest run.
-        """
-
-    def export(self, ckpt_path: str | None = None, format: Literal["onnx", "safetensors", "pt2"] = "onnx") -> None:
-        """Writes the net as a file for other programs, and proves that it classifies like the checkpoint.
-
-        Args:
-            ckpt_path: A file, or best or last of the newest run.
-            format: onnx and pt2 take uint8 images and normalise inside; safetensors holds the weights alone.
-        """
-
-    def demo(self, ckpt_path: str | None = None, port: int = 7860) -> None:
-        """Opens a local page that classifies pictures.
-
-        Args:
-            ckpt_path: A file, or best or last of the newest run.
-            port: TCP port on 127.0.0.1, 1 to 65535.
-        """
+# ``fit --help`` opens with these.
+COMMON = (
+    "--config --ckpt_path --name --threads --seed_everything --trainer.max_epochs --trainer.accelerator "
+    "--trainer.precision --model.lr --model.schedule --model.dropout --model.weight_decay --data.batch_size "
+    "--data.val_size --data.flip --data.shift"
+).split()
+# Settings that change what the numbers in a checkpoint mean: a run cannot go on with others.
+FIXED = {"model": ("variant",), "data": ("mean", "std", "val_size", "split_seed")}
+# More threads gain nothing for this net at its batch sizes.
+MOST_THREADS = 4
 
 
 class CLI(LightningCLI):
-    """LightningCLI whose commands work on a checkpoint alone, and whose ``fit`` ends with the test accuracy."""
+    """The options of one command, and what they describe.
 
-    def __init__(self, args: list[str]) -> None:
+    Args:
+        command: Such as ``fit``.
+        args: What follows the command.
+
+    Attributes:
+        path: The checkpoint's file, if the command starts from one.
+        checkpoint: What it holds.
+        run_folder: Keeps the run folder of a training.
+
+    Raises:
+        UsageError: If an option is unknown or its value is wrong.
+    """
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self.command = command
+        self.path: Path | None = None
+        self.checkpoint: dict[str, Any] = {}
         self.run_folder: RunFolder | None = None
-        self.checkpoint: dict[str, Any] = {}  # what --ckpt_path means, loaded
-        strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LitLeNet,
             FashionMNISTDataModule,
-            trainer_class=Commands,
-            save_config_callback=None,  # RunFolder writes it
-            trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+            save_config_callback=None,  # RunFolder writes the configuration
+            trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0},
             seed_everything_default=0,
-            parser_kwargs={**strict, "prog": "lenet-pl", **dict.fromkeys(self.subcommands(), strict)},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"lenet-pl {command}"},
             args=args,
+            run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Returns the commands, each with the arguments of its Trainer method that are not for the user."""
-        skip = {"model", "datamodule", "dataloaders", "verbose", "weights_only", "return_predictions"}
-        return {
-            "fit": skip - {"dataloaders", "verbose", "return_predictions"} | {"train_dataloaders", "val_dataloaders"},
-            "validate": skip - {"return_predictions"},
-            "test": skip - {"return_predictions"},
-            "predict": skip - {"verbose"},
-            **{name: set() for name in ("report", "export", "demo")},
-        }
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``--name`` and ``--output``."""
-        parser.add_argument(
-            "--output",
-            type=str | None,
-            default=None,
-            help="Folder (export: or file) to write to; predict: the current one, export: the checkpoint's by default.",
-        )
-        parser.add_argument(
-            "--name", type=str | None, default=None, help="Folder under runs/; the name of the config file by default."
-        )
+        """Adds what this command takes beside trainer, model and data."""
+        text, number = str | None, int | None
+        words = "A file, or best, last or pretrained" + (" or auto." if self.command == "fit" else ".")
+        parser.add_argument("--ckpt_path", type=text, default=None, help=words)
+        parser.add_argument("--name", type=text, default=None, help="Folder in runs/; by default the config file's name.")
+        parser.add_argument("--threads", type=number, default=None, help="CPU threads; they are part of the result.")
+        if self.command == "fit":
+            parser.add_argument("--test", type=bool, default=True, help="Whether to score the test images at the end.")
+        if self.command in ("predict", "export"):
+            place = "A folder" if self.command == "predict" else "A folder or file"
+            parser.add_argument("--output", type=text, default=None, help=f"{place} to write to.")
+        if self.command == "demo":
+            parser.add_argument("--port", type=int, default=7860, help="TCP port on 127.0.0.1, 1 to 65535.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; what a checkpoint says ranks below config files and flags."""
-        command = args[0]
+        """Parses the command line, and puts it on top of what the checkpoint says."""
+        if {"-h", "--help"} & set(args):
+            print(_help(parser, self.command))
+            sys.exit(0)
+        args, pictures = _take_values(args, "--data.images")
+        args, recipe = configs.read_in(args)
         try:
-            self.config = self._parse(parser, args)
-            if path := self._checkpoint_path(command):
-                folder = checkpoint.run_folder(path) if command == "fit" else None
-                run_config = ["--config", str(folder / "config.yaml")] if folder else []
-                self.config = self._parse(parser, [command, *run_config, *args[1:]])
-                self.config[command].ckpt_path = str(path)
-                config, epoch = self.config[command], self.checkpoint.get("epoch", -1)
-                if command == "fit" and config.trainer.max_epochs and config.trainer.max_epochs <= epoch:
-                    least = f"{path} is in epoch {epoch + 1}: expected at least that; or leave the option out"
-                    raise UsageError(f"trainer.max_epochs={config.trainer.max_epochs}: {least}")
-                if command == "validate" and not config.data.val_size:
-                    raise UsageError("data.val_size=0: no images to validate on; expected more than 0, or use test")
-                say(f"checkpoint: {path}")
-        except (argparse.ArgumentError, TypeError, KeyError, ValueError) as error:
-            known = self._subcommand_parsers[command]._option_string_actions
-            raise UsageError(explain(str(error), command, known)) from error
+            only_given = not any(arg.startswith("--print_config") for arg in args)  # that prints the defaults too
+            given = parser.parse_args(args, defaults=not only_given)
+            given = _with_home_folders(given)
+            if pictures:
+                given["data.images"] = pictures
+            self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
+            self.name = _checked_name(given.get("name") or recipe)
+            self.path, stored = self._find_checkpoint(given)
+            self.stored = base = self._parse_stored(parser, stored)
+            for key in ("trainer.callbacks", "trainer.logger", "trainer.plugins"):
+                if given.get(key):
+                    given[key] = _joined(base.get(key), given[key])
+            self.config = parser.parse_object(given, base)
+        except (ArgumentError, TypeError, KeyError) as error:
+            raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
+        _check(self.command, self.config)
+        self._check_resume()
 
-    def _parse(self, parser: LightningArgumentParser, args: list[str]) -> Any:
-        for flag, value in pairwise([*args, ""]):
-            if flag.split("=")[0] in ("-c", "--config") and (file := flag.partition("=")[2] or value):
-                check_file(file)
-        config = parser.parse_args(args)
-        check(args[0], config[args[0]])
-        return config
+    def _find_checkpoint(self, given: Namespace) -> tuple[Path | None, dict[str, Any]]:
+        """Finds and loads the checkpoint that is asked for.
 
-    def _checkpoint_path(self, command: str) -> Path | None:
-        """Finds and loads the checkpoint and makes its settings the defaults; every command but ``fit`` needs one."""
-        name = self.config[command].ckpt_path
-        if name is None and command == "fit":
-            return None
-        path = checkpoint.find("best" if name is None else name, self._runs())
+        Returns:
+            Its file, or None for a training from the start; and the settings that it brings.
+        """
+        word = given.get("ckpt_path")
+        self.folder: Path | None = None  # the run to go on with
+        if self.command == "fit":
+            if word is None:
+                return None, {}
+            if word == "auto":
+                newest = runs.all_runs(self.root, self.name or "lenet")[:1]
+                if not newest:
+                    return None, {}
+                self.folder = newest[0]
+                if not (self.folder / runs.LAST).is_file():  # stopped in its first epoch: it begins again
+                    return None, _read_settings(self.folder)
+                word = str(self.folder / runs.LAST)
+        elif word is None:
+            word = "best" if runs.all_runs(self.root, self.name) or not runs.PRETRAINED.is_file() else "pretrained"
+        path = runs.find(word, self.root, self.name)
+        self.checkpoint = checkpoint.load(path, resume=self.command == "fit")
+        if self.command == "fit":
+            self.folder = runs.folder_of(path)
+            if self.folder:
+                return path, _read_settings(self.folder)
+        data = dict(self.checkpoint["datamodule_hyper_parameters"])
+        if not Path(data.get("data_dir", "")).is_dir():  # it was another machine's
+            data.pop("data_dir", None)
+        settings = {"model": self.checkpoint["hyper_parameters"], "data": data}
+        settings |= {"seed_everything": self.checkpoint["seed"] % 2**32}
+        return path, settings | {"trainer": {"precision": self.checkpoint.get("precision")}}
+
+    def _parse_stored(self, parser: LightningArgumentParser, stored: dict[str, Any]) -> Namespace:
+        """Parses the settings that the checkpoint brings, on top of the defaults."""
         try:
-            self.checkpoint = checkpoint.load(path)
-        except CheckpointError as error:
-            folder = checkpoint.run_folder(path)
-            sound = checkpoint.newest_sound(folder) if folder and command == "fit" else None
-            if sound is None:
-                raise
-            print(f"{str(error).splitlines()[0]}\nGoing on from {sound} instead.", file=sys.stderr)
-            path, self.checkpoint = sound, checkpoint.load(sound)
-        needed = ("seed", "epoch", "loops", "optimizer_states", "lr_schedulers")
-        if lacking := [key for key in needed if key not in self.checkpoint]:
-            raise CheckpointError(f"Checkpoint {str(path)!r} is not one of lenet_pl: it lacks {', '.join(lacking)}")
-        try:
-            defaults = {f"model.{key}": value for key, value in self.checkpoint["hyper_parameters"].items()}
-            for key, value in self.checkpoint.get("datamodule_hyper_parameters", {}).items():
-                if key != "data_dir" or Path(value).is_dir():
-                    defaults[f"data.{key}"] = value
-            self._subcommand_parsers[command].set_defaults(
-                {**defaults, "seed_everything": self.checkpoint["seed"] % 2**32}
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"Checkpoint {str(path)!r} is not one of lenet_pl: {error}") from error
-        return path
+            return parser.parse_object(stored)
+        except (ArgumentError, TypeError, KeyError) as error:
+            why = explain(str(error), self.command, ()).splitlines()[0]
+            raise UsageError(f"Checkpoint {str(self.path)!r} has settings that this version does not know: {why}") from error
 
-    def _parse_ckpt_path(self) -> None:
-        """Does nothing: ``parse_arguments`` has used the checkpoint's settings, below the explicit ones."""
+    def _check_resume(self) -> None:
+        """Refuses to go on with settings that do not fit the checkpoint."""
+        config, path = self.config, self.path
+        if self.command == "validate" and not config.data.val_size:
+            raise UsageError("data.val_size=0: there are no images to validate on; expected more than 0, or use test")
+        if self.command != "fit" or path is None:
+            return
+        for group, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+            for name in FIXED[group]:
+                old, new = self.checkpoint[key].get(name), config[group][name]
+                if old != new:
+                    raise UsageError(
+                        f"{group}.{name}={new}: {path} was trained with {old}, and goes on with that only\n"
+                        "Leave the option out, or begin a new run without --ckpt_path"
+                    )
+        if blocks.within_epoch(self.checkpoint):
+            raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give the one of a finished epoch")
+        done, most = self.checkpoint["epoch"] + 1, config.trainer.max_epochs
+        if most and most < done:
+            raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least that")
+
+    def before_instantiate_classes(self) -> None:
+        """Sets the number of threads."""
+        config = self.config
+        processes = int(config.trainer.devices) if str(config.trainer.devices).isdecimal() else 1
+        if config.threads is None:
+            config.threads = max(1, min(torch.get_num_threads(), MOST_THREADS) // max(1, processes))
+        torch.set_num_threads(config.threads)
+        if processes > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # or Lightning sets a number of its own
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer; what they refuse is wrong use."""
+        """Builds data, model and trainer; what their signatures refuse is wrong use."""
         try:
             super().instantiate_classes()
+        except UsageError:
+            raise
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
-            raise self._refused(error) from error
+            raise UsageError(explain(str(error), self.command, ())) from error
         if self.checkpoint:
-            try:
-                self.model.load_state_dict(self.checkpoint["state_dict"])
-            except RuntimeError as error:
-                path, variant = self.config[self.subcommand].ckpt_path, self.model.hparams["variant"]
-                raise CheckpointError(
-                    f"Checkpoint {path!r} holds another net than model.variant={variant}: "
-                    f"{str(error).splitlines()[1].strip()[:150]}\n"
-                    "Leave the --model options out, or give another one with --ckpt_path"
-                ) from error
+            self._load_weights()
 
-    def _refused(self, error: Exception) -> UsageError:
-        return UsageError(refused(str(error), self.config.subcommand, self.config[self.config.subcommand]))
+    def _load_weights(self) -> None:
+        try:
+            self.model.load_state_dict(self.checkpoint["state_dict"])
+        except RuntimeError as error:
+            what = str(error).splitlines()[1].strip()[:150]
+            raise checkpoint.CheckpointError(
+                f"Checkpoint {str(self.path)!r} holds another net than model.variant={self.config.model.variant}: {what}\n"
+                "Leave the --model options out, or give another file with --ckpt_path"
+            ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the Trainer with the callbacks, logger and checkpoint plugin of the command."""
-        config = self.config_init[self.subcommand]
-        trainer = config.trainer
-        callbacks = trainer.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        training = self.subcommand == "fit" and not trainer.fast_dev_run
-        tensorboard = training and trainer.logger in (None, True) and find_spec("tensorboard") is not None
+        """Builds the Trainer with the callbacks, the logger and the checkpoint plugin of the command."""
+        options = self.config_init.trainer
+        asked = options.callbacks or []
+        asked = asked if isinstance(asked, list) else [asked]
+        ours: list[Any] = []
+        training = self.command == "fit" and not options.fast_dev_run and not options.barebones
         if training:
-            folder = checkpoint.run_folder(Path(config.ckpt_path)) if config.ckpt_path else None
+            name = self.folder.parent.name if self.folder else self.name or "lenet"
+            self.run_folder = RunFolder(self.root / name, self._saved_config(name), self.folder)
+            ours.append(self.run_folder)
+            if options.enable_checkpointing is not False:
+                if self.datamodule.val_size and options.limit_val_batches != 0:
+                    ours.append(BestCheckpoint())
+                ours.append(LastCheckpoint())
+            if options.enable_model_summary is not False and not _has(asked, ModelSummary):
+                ours.append(Summary())
+            kwargs["log_every_n_steps"] = options.log_every_n_steps or 1  # of blocks: an epoch may be one
+        else:
+            kwargs["enable_checkpointing"] = None if options.barebones else False
+        if options.logger in (None, True):
+            tensorboard = self.run_folder is not None and find_spec("tensorboard") is not None
             step = self.checkpoint.get("global_step", 0)
-            self.run_folder = RunFolder(self._runs() / self._name(), self._saved_config(), folder, step, tensorboard)
-            callbacks += [self.run_folder, GracefulStop()]
-            if trainer.enable_checkpointing is not False:
-                options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-                if self.datamodule.val_size and trainer.limit_val_batches != 0:
-                    callbacks.append(BestCheckpoint(filename="best", monitor="val_acc", mode="max", **options))
-                callbacks.append(ModelCheckpoint(filename="last", **options))
-        if not training:
-            kwargs["enable_checkpointing"] = False
-        if self.subcommand == "predict":  # one process writes all rows
+            kwargs["logger"] = RunLogger(self.run_folder, step) if self.run_folder and tensorboard else False
+        if not _has(asked, ProgressBar) and not options.barebones:
+            if options.enable_progress_bar or (options.enable_progress_bar is None and sys.stdout.isatty()):
+                ours.append(EpochBar())
+            else:
+                kwargs["enable_progress_bar"] = False
+        if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
-        if trainer.enable_progress_bar is not False and sys.stdout.isatty():
-            callbacks.append(EpochBar(refresh_rate=5))  # at Lightning's 100 a second its thread slows the steps
-        elif trainer.enable_progress_bar is None:
-            kwargs["enable_progress_bar"] = False
-        if self.subcommand == "fit" and trainer.enable_model_summary is not False:
-            callbacks.append(Summary())
-        plugins = trainer.plugins or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        kwargs["callbacks"] = callbacks
-        kwargs["enable_model_summary"] = False
-        if trainer.logger in (None, True):
-            kwargs["logger"] = False  # RunFolder adds TensorBoard when the folder is known
-        return super().instantiate_trainer(**kwargs)
+        plugins = options.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.AtomicCheckpointIO()]
+        kwargs["callbacks"] = asked + ours
+        kwargs["enable_model_summary"] = None if options.barebones else False
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        # Lightning's handlers wait for other processes inside the handler, save within an epoch, and end with exit code
+        # 0 (its issue 19916); commands.py has its own.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
 
-    def _runs(self) -> Path:
-        """Returns the folder of all runs."""
-        return Path(self.config[self.config.subcommand].trainer.default_root_dir or ".") / "runs"
-
-    def _name(self) -> str:
-        """Returns the recipe's name: ``--name``, the last config file's, or ``lenet``."""
-        config = self.config[self.subcommand]
-        files = [str(f) for f in config.get("config") or []]
-        name = config.name or (Path(files[-1]).stem if files else "lenet")
-        if not re.fullmatch(r"[\w.+-]{1,100}", name) or set(name) == {"."}:
-            raise ValueError(f"name={name!r}: expected 1 to 100 letters, digits, '-', '_', '.' or '+', for a folder")
-        return name
-
-    def _saved_config(self) -> str:
+    def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
-        config = self.config[self.subcommand].clone()
-        config.name, config.ckpt_path = self._name(), None
+        config = self.config.clone()
+        config.name, config.ckpt_path = name, None
         config.pop("config", None)
-        text: str = self._parser(self.subcommand).dump(config, skip_none=False)
-        return text
-
-    def fit(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str | None) -> None:
-        """Trains, then scores the best checkpoint on the test set."""
-        try:
-            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        except (ValueError, MisconfigurationException) as error:  # what only the data and the checkpoint could tell
-            raise self._refused(error) from error
-        finally:
-            run = self.run_folder
-            made = run is not None and not run.resumed and run.path != run.parent  # it is the parent until then
-            if run and made and not self.trainer.global_step:
-                shutil.rmtree(run.path, ignore_errors=True)  # of a run that never started
-        if self.run_folder is None or not self.trainer.checkpoint_callbacks:
-            return
-        files = [self.run_folder.path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-        path = next((f for f in files if f.exists()), None)
-        if path is None:
-            raise UsageError("no training step was run, so there is nothing to score; allow more trainer.max_time")
-        self.test(model, datamodule, str(path))
-        self.report(model, datamodule, str(path))
-        say(f"run folder: {self.run_folder.path}\nnext: python -m lenet_pl test --ckpt_path {path}")
-
-    def report(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
-        """Writes report.html and its pictures from a checkpoint alone."""
-        from lenet_pl import report  # matplotlib takes a second
-
-        if self.trainer.is_global_zero:
-            model.to(self.trainer.strategy.root_device)
-            say(f"report: {report.write(Path(ckpt_path), model, datamodule)}")
-
-    def export(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, format: str) -> None:
-        """Writes the net as a file for other programs."""
-        from lenet_pl import export
-
-        export.write(Path(ckpt_path), model, datamodule, format, self.config.export.output)
-
-    def demo(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, port: int) -> None:
-        """Serves the page until Ctrl-C."""
-        from lenet_pl import demo
-
-        demo.serve(model, datamodule, port)
-
-    def validate(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
-        """Scores a checkpoint on the validation images."""
-        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
-        say(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
-
-    def predict(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
-        """Classifies the user's pictures, or the test images."""
-        from lenet_pl import predict
-
-        batches = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        predict.write(Path(self.config.predict.output or "."), datamodule, torch.cat(batches))  # type: ignore[arg-type]
-
-    def test(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
-        """Scores a checkpoint on the test images and writes test.json; with another ``tta`` a file beside it."""
-        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        metrics = {name: round(float(value), 6) for name, value in self.trainer.callback_metrics.items()}
-        path, tta = Path(ckpt_path), model.hparams["tta"]
-        own = tta if self.subcommand == "fit" else self.checkpoint["hyper_parameters"]["tta"]
-        file = (checkpoint.run_folder(path) or path.parent) / ("test.json" if tta == own else f"test_tta_{tta}.json")
-        result = {
-            "test_acc": metrics["test_acc"],
-            "test_loss": metrics["test_loss"],
-            "n": int(metrics["n"]),
-            "ckpt_path": str(path),
-            "seed": self.config[self.subcommand].seed_everything,
-        }
-        if self.trainer.is_global_zero:
-            checkpoint.write_atomic(file, (json.dumps(result, indent=2) + "\n").encode())
-            score = f"{metrics['test_acc']:.2%}  (loss {metrics['test_loss']:.4f}, {result['n']} images)"
-            print(f"Test accuracy: {score}" + ("" if tta == own else f", model.tta={tta}; see {file.name}"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about defaults that YAML cannot hold, see _readable
+            text = self.parser.dump(config, skip_none=False, format="yaml")
+        return str(yaml.safe_dump(_readable(yaml.safe_load(text)), sort_keys=False, allow_unicode=True))
 
 
-def run(args: list[str]) -> int:
-    """Runs one command; returns its exit code (0, 1, 2, 130 or 143)."""
-    quiet()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        CLI(args)
-    except Stopped as stop:
-        name = "Ctrl-C" if stop.signum == signal.SIGINT else signal.Signals(stop.signum).name
-        remedy = f"; go on with: python -m lenet_pl fit --ckpt_path {stop.path}" if stop.path else ""
-        say(f"stopped by {name}{remedy}", file=sys.stderr)
-        return 130 if stop.signum == signal.SIGINT else 143
-    except SystemExit as leave:  # --help, SIGTERM, and Lightning's own answer to Ctrl-C
-        return 130 if isinstance(leave.__context__, KeyboardInterrupt) else int(leave.code or 0)
-    except KeyboardInterrupt:
-        return 130
-    except UsageError as error:
-        return fail(error, 2)
-    except Exception as error:
-        return fail(error, 1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Reads config.yaml of a run folder."""
+    path = folder / runs.CONFIG
+    settings = yaml.safe_load(configs.read(str(path)))
+    settings.pop("ckpt_path", None)
+    return dict(settings)
+
+
+def _readable(settings: Any) -> Any:
+    """Leaves out values that jsonargparse could not write: they are defaults of a signature, such as a device."""
+    if isinstance(settings, list):
+        return [_readable(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    kept = {}
+    for key, value in settings.items():
+        if not str(value).startswith("Unable to serialize instance"):
+            kept[key] = _readable(value)
+    return kept
+
+
+def _joined(stored: Any, given: Any) -> Any:
+    """Joins the callbacks (loggers, plugins) of a run with those given now: one given again replaces the stored one."""
+    if not isinstance(given, list):
+        return given
+    joined = list(stored) if isinstance(stored, list) else []
+    places = {id(entry): place for place, entry in enumerate(joined)}
+    for entry in given:
+        match = next((old for old in joined if id(old) in places and old.class_path == entry.class_path), None)
+        if match is None:
+            joined.append(entry)
+        else:
+            joined[places.pop(id(match))] = entry
+    return joined
+
+
+def _with_home_folders(settings: Any) -> Any:
+    """Expands ``~`` at the beginning of any text: no other text begins so."""
+    if isinstance(settings, Namespace):
+        for key, value in vars(settings).items():
+            settings[key] = _with_home_folders(value)
+    elif isinstance(settings, list):
+        return [_with_home_folders(value) for value in settings]
+    elif isinstance(settings, str) and re.match(r"~[\w.-]*(/|$)", settings):
+        return str(Path(settings).expanduser())
+    return settings
+
+
+def _take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
+    """Takes the values of an option out of the arguments: file names are text, and YAML would read ``[a].png`` as a list.
+
+    Returns:
+        The other arguments, and the values: all words after the option up to the next option.
+    """
+    rest, values, taking = [], [], False
+    for arg in args:
+        if arg == option or arg.startswith(f"{option}="):
+            taking = True
+            values += [arg.partition("=")[2]] if "=" in arg[: len(option) + 1] else []
+        elif taking and not arg.startswith("--"):
+            values.append(arg)
+        else:
+            taking = False
+            rest.append(arg)
+    return rest, values
+
+
+def _checked_name(name: str | None) -> str | None:
+    """Refuses a name that no folder can have."""
+    if name is not None and (not re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) or name.strip(" .") == ""):
+        raise UsageError(f"name={name!r}: expected 1 to 100 characters for a folder in runs/, without slashes")
+    return name
+
+
+def _has(callbacks: list[Any], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _help(parser: LightningArgumentParser, command: str) -> str:
+    """Returns jsonargparse's help, with the options that people change most in front."""
+    text = parser.format_help()
+    described = re.split(r"\n(?=  -)", text)
+    first = [part.split("\n\n")[0] for name in COMMON for part in described if re.search(rf"{name}\b(?![.\w])", part[:60])]
+    title = f"lenet-pl {command}: the options that people change most\n"
+    return "\n".join([title, *dict.fromkeys(first), "", "All options", "", text])
+
+
+def _check(command: str, config: Namespace) -> None:
+    """Refuses values that Lightning would take, and fail on later or refuse in many words."""
+    trainer, seed = config.trainer, config.seed_everything
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise UsageError(f"seed_everything={seed}: expected an integer from 0 to {2**32 - 1}")
+    above_0 = "max_epochs max_steps num_nodes accumulate_grad_batches gradient_clip_val check_val_every_n_epoch".split()
+    above_0 += ["val_check_interval", "limit_train_batches", "limit_test_batches"]
+    above_0 += ["limit_val_batches"] if command == "validate" else []
+    for name in above_0:
+        value = trainer[name]
+        if isinstance(value, int | float) and not value > 0 and (name, value) != ("max_steps", -1):
+            raise UsageError(f"trainer.{name}={value}: expected a number above 0")
+    most = 4 * (os.cpu_count() or 1)  # more would only fill the memory
+    if config.threads is not None and not 1 <= config.threads <= most:
+        raise UsageError(f"threads={config.threads}: expected an integer from 1 to {most}")
+    if "://" in str(trainer.default_root_dir):
+        raise UsageError(f"trainer.default_root_dir={trainer.default_root_dir}: expected a folder of this machine")
+    if re.search("spawn|fork|notebook", str(trainer.strategy)):  # these hand weights over in files of their own kind
+        raise UsageError(f"trainer.strategy={trainer.strategy}: expected auto or ddp")
+    available = {name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()}
+    known = available | {"auto"} | ({"gpu"} if available & {"cuda", "mps"} else set())
+    if isinstance(trainer.accelerator, str) and trainer.accelerator not in known:
+        hint = f"expected one of {', '.join(sorted(known))} on this machine"
+        raise UsageError(
+            f"trainer.accelerator={trainer.accelerator}: {hint}\nTo run on the CPU: --trainer.accelerator cpu"
+        )
+    fine = ("auto", *map(str, range(1, most + 1)))
+    if (trainer.accelerator == "cpu" or available == {"cpu"}) and str(trainer.devices) not in fine:
+        raise UsageError(f"trainer.devices={trainer.devices}: expected a number of CPU processes from 1 to {most}")

@@ -86,7 +86,7 @@ def _is_sound(path: Path) -> bool:
 
 def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
     """Goes through the sources until nothing is missing."""
-    from lenet_pl.checkpoint import write_atomic  # and with it torch, which a complete data folder does not need
+    from lenet_pl.atomic import write_atomic
 
     failures: dict[str, str] = {}  # source: reason
     named = os.environ.get("LENET_PL_DATA_SOURCE")

@@ -1,29 +1,41 @@
-"""The batches of an epoch: its order, and normalised and augmented blocks of mini-batches."""
+"""The batches of an epoch: its order, its augmentation, and normalised mini-batches. Plain values come in."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lenet_pl.datamodule import FashionMNISTDataModule
+from lenet_pl.blocks import Block
 
-Batch = tuple[Tensor, Tensor]  # images [N, 1, 28, 28] float32, labels [N] int64
+Batch = tuple[Tensor, Tensor]  # images [B, 1, 28, 28] float32, labels [B] int64
 
-# Validation, test and prediction need no small batches; a fixed size makes their sums repeatable to the digit.
+# Scoring needs no small batches, and one fixed size makes the sums of a score repeatable to the last digit.
 EVAL_BATCH_SIZE = 1000
 
 
 def generator(*key: int) -> torch.Generator:
     """Returns a CPU generator whose stream follows from ``key`` alone, such as (seed, epoch)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_of(*key: int) -> int:
+    """Mixes numbers into one seed of 63 bits; keys that differ a little give seeds that differ in every bit."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Scales uint8 pixels to 0..1 and standardises them, bit-equal to torchvision's ToTensor and Normalize."""
+    """Scales uint8 pixels to 0..1 and standardises them, bit-equal to torchvision's ToTensor and Normalize.
+
+    Args:
+        images: uint8, any shape.
+        mean: Pixel mean of images in 0..1.
+        std: Pixel standard deviation of images in 0..1.
+
+    Returns:
+        float32, of the same shape.
+    """
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
@@ -32,8 +44,11 @@ def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
 
     Args:
         images: uint8 images, ``[N, 1, 28, 28]``.
-        offsets: Rows down and columns right, ``[N, 2]``, int64.
-        most: No offset is larger, in either direction.
+        offsets: Rows down and columns right, ``[N, 2]``, int64, from -``most`` to ``most``.
+        most: The largest offset in pixels.
+
+    Returns:
+        uint8 images, ``[N, 1, 28, 28]``.
     """
     padded = F.pad(images[:, 0], (most,) * 4)  # [N, 28 + 2 most, 28 + 2 most]
     windows = padded.unfold(1, images.shape[2], 1).unfold(2, images.shape[3], 1)  # [N, 1 + 2 most, 1 + 2 most, 28, 28]
@@ -41,68 +56,119 @@ def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
     return windows[torch.arange(len(images), device=images.device), row, column].unsqueeze(1)
 
 
-class Loader:
-    """Iterates over one epoch of in-memory images.
+class TrainLoader:
+    """Shuffled, augmented mini-batches; an epoch follows from the seed and the number of the epoch.
 
-    Yields ``(images, labels)`` mini-batches, or lists of up to ``block`` of them when ``block`` is more than one.
-    The order and the augmentation belong to an image's place in the epoch, so they depend on neither ``block`` nor
+    Order and augmentation belong to an image's place in the epoch. So they depend neither on the size of a block nor on
     the number of processes: the mini-batches of all ranks together are those of one process with the same global batch.
+    The processes get equal shares; where the division leaves a rest, the first images of the epoch fill it.
+
+    Args:
+        images: uint8, ``[N, 1, 28, 28]``, on the CPU or on the device that trains.
+        labels: int64, ``[N]``, beside them.
+        batch_size: Images per mini-batch and process.
+        mean: See :func:`normalise`.
+        std: See :func:`normalise`.
+        seed: The training seed.
+        flip: Whether to mirror an image with probability one half.
+        most: The largest shift in pixels, see :func:`shift`.
+        block: Mini-batches in a block; 1 yields the mini-batches themselves.
+        shuffle: Whether to draw a new order for each epoch.
+        rank: This process, from 0.
+        world: The number of processes.
     """
 
-    def __init__(self, data: "FashionMNISTDataModule", images: Tensor, labels: Tensor, train: bool = False) -> None:
-        trainer = data.trainer
-        self.rank, self.world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        device = trainer.strategy.root_device if trainer else torch.device("cpu")
-        # 47 MB fit on nearly every device; where they do not, each block travels by itself
-        fits = device.type != "cuda" or 4 * images.numel() < torch.cuda.mem_get_info(device)[0]
-        self.images, self.labels = (t.to(device) if fits else t for t in (images, labels))
-        self.data, self.train = data, train
-        self.shuffle = train and not (trainer and trainer.overfit_batches)  # type: ignore[attr-defined]
-        self.batch_size = data.batch_size if train else EVAL_BATCH_SIZE
-        self.block = data.block if train else 1
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        mean: float,
+        std: float,
+        seed: int = 0,
+        flip: bool = False,
+        most: int = 0,
+        block: int = 1,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.batch_size, self.block = batch_size, block
+        self.mean, self.std = mean, std
+        self.seed, self.flip, self.most, self.shuffle = seed, flip, most, shuffle
+        self.rank, self.world = rank, world
         self.epoch = 0
-        if self.shuffle:
-            self.sampler = self  # whose set_epoch Lightning calls before each epoch, by torch's convention
+        self.sampler = self  # Lightning calls ``sampler.set_epoch`` before each epoch, as torch's convention has it
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch (0, 1, …) whose order and augmentation the next iteration uses."""
+        """Chooses the epoch, counted from 0, that the next iteration gives."""
         self.epoch = epoch
 
+    @property
+    def share(self) -> int:
+        """Images of an epoch in each process."""
+        return -(-len(self.labels) // self.world)
+
+    @property
+    def steps(self) -> int:
+        """Mini-batches of an epoch in each process; the last may be smaller."""
+        return -(-self.share // self.batch_size)
+
     def __len__(self) -> int:
-        """Counts the blocks of an epoch on this rank."""
-        return -(-self._share() // (self.batch_size * self.block))
+        """Counts the blocks of an epoch in each process."""
+        return -(-self.steps // self.block)
 
-    def _share(self) -> int:
-        """Counts this rank's images: padded to equal shares in training, exact in evaluation."""
-        spare = self.world - 1 if self.train else self.world - 1 - self.rank
-        return (len(self.labels) + spare) // self.world
-
-    def __iter__(self) -> Iterator[Batch | list[Batch]]:
-        data, n = self.data, len(self.labels)
-        draw = generator(data.seed, self.epoch)
-        order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
-        flips = torch.rand(n, generator=draw) < 0.5
-        offsets = torch.randint(-data.shift, data.shift + 1, (n, 2), generator=draw)
-        place = torch.arange(self.rank, self._share() * self.world, self.world) % n
-        order, flips, offsets = (t[place].to(self.images.device) for t in (order, flips, offsets))
+    def __iter__(self) -> Iterator[Batch | Block]:
+        # A generator function: Lightning makes the iterator before it calls ``set_epoch``.
+        order, flips, offsets = self._draw()
         size = self.batch_size * self.block
-        first, data.resume_at = data.resume_at if self.train else 0, 0
-        for start in range(first * size, len(place), size):
+        for start in range(0, len(order), size):
             piece = slice(start, start + size)
             images, labels = self.images[order[piece]], self.labels[order[piece]]
-            if self.train and data.flip:
+            if self.flip:
                 images = torch.where(flips[piece, None, None, None], images.flip(-1), images)
-            if self.train and data.shift:
-                images = shift(images, offsets[piece], data.shift)
-            images = normalise(images, data.mean, data.std)
-            batches = list(zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True))
-            yield batches if self.block > 1 else batches[0]
+            if self.most:
+                images = shift(images, offsets[piece], self.most)
+            images = normalise(images, self.mean, self.std)
+            if self.block == 1:
+                yield images, labels
+            else:
+                yield Block(zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True))
 
-    # Lightning takes a loader with these two for one that can resume in mid-epoch. Ours can, but keeps no state of
-    # its own: the datamodule's state says where to go on.
-    def state_dict(self) -> dict[str, Any]:
-        """Returns nothing."""
-        return {}
+    def _draw(self) -> tuple[Tensor, ...]:
+        """Draws the epoch for all processes, and returns this one's indices, flips and offsets on the device."""
+        draw, n = generator(self.seed, self.epoch), len(self.labels)
+        order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
+        flips = torch.rand(n, generator=draw) < 0.5
+        offsets = torch.randint(-self.most, self.most + 1, (n, 2), generator=draw)
+        places = torch.arange(self.rank, self.share * self.world, self.world) % n
+        return tuple(drawn[places].to(self.images.device) for drawn in (order, flips, offsets))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads nothing."""
+
+class EvalLoader:
+    """Normalised batches of ``EVAL_BATCH_SIZE`` in the order of the images; every image once over all processes.
+
+    Args:
+        images: uint8, ``[N, 1, 28, 28]``.
+        labels: int64, ``[N]``.
+        mean: See :func:`normalise`.
+        std: See :func:`normalise`.
+        rank: This process, from 0.
+        world: The number of processes.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1
+    ) -> None:
+        self.images, self.labels = images[rank::world], labels[rank::world]
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // EVAL_BATCH_SIZE)
+
+    def __iter__(self) -> Iterator[Batch]:
+        pieces = zip(self.images.split(EVAL_BATCH_SIZE), self.labels.split(EVAL_BATCH_SIZE), strict=True)
+        for images, labels in pieces:
+            if len(labels):  # ``split`` of nothing gives one empty piece
+                yield normalise(images, self.mean, self.std), labels

@@ -1,0 +1,244 @@
+"""What each command does: a plain function each."""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from lenet_pl import runs
+from lenet_pl.atomic import write_atomic
+from lenet_pl.cli import CLI
+from lenet_pl.errors import UsageError, tell
+
+say = rank_zero_only(print)
+
+
+def fit(cli: CLI) -> None:
+    """Trains, scores the chosen checkpoint once on the test set, and writes the report."""
+    folder = cli.run_folder
+    if cli.folder and cli.config.ckpt_path == "auto" and _is_finished(cli):
+        say(f"{cli.folder} is finished: {(cli.folder / runs.FINISHED).read_text('utf-8').strip()}")
+        if not cli.config.test or (cli.folder / runs.SCORE).is_file():
+            return
+    else:
+        say(f"checkpoint: {cli.path}") if cli.path else None
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
+        finally:
+            if folder and folder.is_new and not cli.trainer.global_step:  # the training never started
+                shutil.rmtree(folder.path, ignore_errors=True)
+    if folder is None or not cli.trainer.checkpoint_callbacks:
+        return
+    path = runs.scored_checkpoint(folder.path)
+    if path is None:
+        raise UsageError("no epoch was finished, so there is nothing to score; allow more trainer.max_time")
+    if cli.config.test:
+        _score(cli, path)
+        report(cli, path)
+    say(f"run folder: {folder.path}\nnext: python -m lenet_pl test --ckpt_path {shlex.quote(str(path))}")
+
+
+def _is_finished(cli: CLI) -> bool:
+    """Says whether the run that ``auto`` found has ended, and was as long as is asked for now.
+
+    Raises:
+        UsageError: If it has ended but was trained with other settings.
+    """
+    assert cli.folder is not None
+    if not (cli.folder / runs.FINISHED).is_file():
+        return False
+    old, new = cli.stored, cli.config
+    for length in ("max_epochs", "max_steps", "max_time"):
+        if old["trainer"][length] != new.trainer[length]:
+            return False
+    for group in ("model", "data"):
+        for name, value in new[group].items():
+            if name != "data_dir" and old[group].get(name, value) != value:
+                change = f"{group}.{name}: {old[group][name]} before, {value} now"
+                raise UsageError(f"{cli.folder} is finished, with other settings ({change}); choose another --name")
+    return True
+
+
+def validate(cli: CLI) -> None:
+    """Scores a checkpoint on the validation images."""
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path, verbose=False)
+    metrics = _metrics(cli)
+    say(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
+
+
+def test(cli: CLI) -> None:
+    """Scores a checkpoint on the test images."""
+    assert cli.path is not None
+    _score(cli, cli.path)
+
+
+def _score(cli: CLI, path: Path) -> None:
+    """Scores a checkpoint on the test images, writes test.json and prints the accuracy."""
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+    metrics = _metrics(cli)
+    result = {
+        "test_acc": metrics["test_acc"],
+        "test_loss": metrics["test_loss"],
+        "n": int(metrics["n"]),
+        "ckpt_path": str(path),
+        "seed": cli.config.seed_everything,
+    }
+    if cli.trainer.is_global_zero:
+        folder = runs.folder_of(path) or (Path() if path == runs.PRETRAINED else path.parent)
+        write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
+        print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
+
+
+def _metrics(cli: CLI) -> dict[str, float]:
+    return {name: round(float(value), 6) for name, value in cli.trainer.callback_metrics.items()}
+
+
+def predict(cli: CLI) -> None:
+    """Classifies the user's pictures, or the test images."""
+    from lenet_pl.apps import predict as app
+
+    batches: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path)
+    app.write(Path(cli.config.output or "."), cli.datamodule, torch.cat(batches))
+
+
+def report(cli: CLI, path: Path | None = None) -> None:
+    """Writes report.html and its pictures from a checkpoint alone."""
+    from lenet_pl.apps import report as app
+
+    if cli.trainer.is_global_zero:
+        cli.model.to(cli.trainer.strategy.root_device)
+        say(f"report: {app.write(path or cli.path, cli.model, cli.datamodule)}")
+
+
+def export(cli: CLI) -> None:
+    """Writes the net as an ONNX file for other programs."""
+    from lenet_pl.apps import export as app
+
+    app.write(cli.path, cli.model, cli.datamodule, cli.config.output)
+
+
+def demo(cli: CLI) -> None:
+    """Serves the page until Ctrl-C."""
+    from lenet_pl.apps import demo as app
+
+    app.serve(cli.model, cli.datamodule, cli.config.port)
+
+
+COMMANDS = {function.__name__: function for function in (fit, validate, test, predict, report, export, demo)}
+
+
+class Stopped(SystemExit):
+    """A signal ended the process; ``code`` is the exit code."""
+
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(code)
+        self.name = name
+
+
+def run(command: str, args: list[str]) -> int:
+    """Runs one command; returns its exit code (0, 1, 2, 130 or 143)."""
+    quiet()
+    cli = None
+    try:
+        with stopping():
+            cli = CLI(command, args)
+            if command != "fit":
+                say(f"checkpoint: {cli.path}")
+            COMMANDS[command](cli)
+    except Stopped as stop:
+        say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
+        return int(stop.code or 0)
+    except SystemExit as leave:  # --help and --print_config
+        return int(leave.code or 0)
+    except UsageError as error:
+        return tell(error, 2)
+    except Exception as error:
+        return tell(error, 1)
+    return 0
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Ends the process on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1: at once, a second signal without any word.
+
+    Nothing has to be saved, because a run goes on from its last finished epoch.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
+        yield
+        return
+    codes = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
+    if "SLURM_JOB_ID" in os.environ:
+        codes[signal.SIGUSR1] = ("SIGUSR1", 143)
+
+    def stop(signum: int, frame: Any) -> None:
+        for again in codes:
+            signal.signal(again, signal.SIG_DFL)
+        raise Stopped(*codes[signal.Signals(signum)])
+
+    before = {signum: signal.signal(signum, stop) for signum in codes}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _how_to_go_on(cli: CLI | None) -> str:
+    """Returns the end of a sentence that says how a stopped training goes on."""
+    if cli is None or cli.command != "fit" or cli.run_folder is None:
+        return ""
+    launcher: Any = cli.trainer.strategy.launcher
+    if hasattr(launcher, "kill"):  # the processes that Lightning started
+        launcher.kill(signal.SIGTERM)
+    last = cli.run_folder.path / runs.LAST
+    if not last.is_file():
+        return " before the first epoch was finished; start the run again"
+    return f"; go on with: python -m lenet_pl fit --ckpt_path {shlex.quote(str(last))}"
+
+
+# The beginnings of what Lightning says at each start, unasked: advertisements, and notes that do not hold here.
+_UNASKED = (
+    "GPU available",
+    "TPU available",
+    "💡",
+    "Tip:",
+    "Seed set to",
+    "Restor",
+    "Loaded model weights",
+    "Using ",
+    "`Trainer.fit` stopped",  # RunFolder says why a training ended
+    "`Trainer(barebones",
+    "Initializing distributed",
+    "-----",
+    "distributed_backend",
+    "All distributed processes",
+    "LOCAL_RANK",
+)
+
+
+def quiet() -> None:
+    """Silences what nobody asked for; callbacks, profilers and tuners are heard."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(lambda record: not record.getMessage().lstrip("\n").startswith(_UNASKED))
+    for message in (
+        ".*LeafSpec.* is deprecated",  # in Lightning's own code
+        "Checkpoint directory .* is not empty",  # when a run goes on
+        "Be aware that when using `ckpt_path`",  # a checkpoint names the callbacks of fit, which test has not
+        ".*does not have many workers",  # data in memory need none
+        "GPU available but not used",  # the user said so
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"

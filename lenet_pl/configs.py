@@ -1,0 +1,89 @@
+"""Config files: finds and checks them before they are parsed. Needs neither torch nor Lightning."""
+
+import difflib
+from pathlib import Path
+
+import yaml
+
+from lenet_pl.errors import UsageError
+
+_HERE = Path(__file__).parent
+# The recipes lie in the checkout beside the package, and in the package where it was installed as a wheel.
+RECIPES = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), Path("configs"))
+_EXPECTED = "expected settings such as\nmodel:\n  lr: 0.001"
+
+
+def read_in(args: list[str]) -> tuple[list[str], str | None]:
+    """Replaces the names of config files by their contents.
+
+    jsonargparse would open them in the locale's encoding, and tell neither the name nor the line of a mistake.
+
+    Args:
+        args: Command line arguments; a config file follows ``--config`` or ``-c``, or ``=`` after it.
+
+    Returns:
+        The arguments, and the name of the last file without its suffix, if there is one.
+
+    Raises:
+        UsageError: See :func:`read`.
+    """
+    replaced, recipe, follows = [], None, False
+    for arg in args:
+        flag, equals, name = arg.partition("=")
+        if follows:
+            name = arg
+        elif not (equals and flag in ("-c", "--config")):
+            follows = arg in ("-c", "--config")
+            replaced.append(arg)
+            continue
+        recipe = Path(name).stem
+        replaced.append(read(name) if follows else f"{flag}={read(name)}")
+        follows = False
+    return replaced, recipe
+
+
+def read(name: str) -> str:
+    """Returns the text of a config file after checking that it holds settings.
+
+    Args:
+        name: A file, or a recipe's name such as ``best`` or ``best.yaml``.
+
+    Raises:
+        UsageError: If there is no such file, or it is no YAML in UTF-8, has a key twice, or holds no settings.
+    """
+    path = _find(name)
+    try:
+        text = path.read_text("utf-8")
+        tree = yaml.compose(text, yaml.SafeLoader)
+        yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"config file {name}{line}: {problem or 'no YAML'}; {_EXPECTED}") from error
+    except (OSError, ValueError) as error:  # a folder, other bytes than UTF-8, a 13th month
+        raise UsageError(f"config file {name}: {error}; expected YAML in UTF-8") from error
+    if not isinstance(tree, yaml.MappingNode):
+        raise UsageError(f"config file {name}: {_EXPECTED}")
+    seen = set()
+    for key, value in tree.value:
+        place = f"config file {name}, line {key.start_mark.line + 1}: {key.value}"
+        if key.value in seen:  # YAML would forget the first one
+            raise UsageError(f"{place} stands there for the second time; join the two")
+        if key.value in ("trainer", "model", "data") and not isinstance(value, yaml.MappingNode):
+            raise UsageError(f"{place} has no settings; {_EXPECTED}")
+        seen.add(key.value)
+    return text
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path() and recipe.is_file():
+        return recipe
+    known = {found.name: found for folder in (path.parent, RECIPES) for found in folder.glob("*.yaml")}
+    alike = difflib.get_close_matches(path.name, known, 1)
+    recipes = ", ".join(sorted(found.stem for found in RECIPES.glob("*.yaml")))
+    hint = f"did you mean {known[alike[0]]}?" if alike else f"expected a file or one of the recipes {recipes}"
+    raise UsageError(f"config file {name} does not exist; {hint}")

@@ -1,0 +1,147 @@
+"""The layout of a run folder, ``runs/<name>/version_N/``, and which checkpoint a word such as ``best`` means.
+
+No other file knows these names. It needs neither torch nor Lightning.
+"""
+
+import csv
+import difflib
+import glob
+import io
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lenet_pl.atomic import write_atomic
+from lenet_pl.errors import UsageError
+
+CONFIG = "config.yaml"  # every setting of the run
+RESULTS = "results.csv"  # a row an epoch
+SCORE = "test.json"  # the accuracy on the test images
+FINISHED = "finished.txt"  # why and when the training ended; absent while it can go on
+BEST, LAST = "checkpoints/best.ckpt", "checkpoints/last.ckpt"
+COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+
+PRETRAINED = Path(__file__).with_name("pretrained.ckpt")
+
+
+def new(parent: Path) -> Path:
+    """Makes the next free ``version_N`` below ``parent``, which is ``runs/<name>``."""
+    taken = [version(folder) for folder in parent.glob("version_*")]
+    number = max(taken, default=-1) + 1
+    while True:
+        folder = parent / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run was quicker, or a file is in the way of ``parent``
+            if not folder.exists():
+                raise
+            number += 1
+
+
+def version(folder: Path) -> int:
+    """Returns the N of ``version_N``, or -1 for a folder of another name."""
+    number = folder.name.removeprefix("version_")
+    return int(number) if number.isdecimal() else -1
+
+
+def all_runs(root: Path, name: str | None = None) -> list[Path]:
+    """Returns the run folders below ``root``, the newest first.
+
+    A run is as new as its settings or its last checkpoint, whichever was written later.
+
+    Args:
+        root: The folder ``runs``.
+        name: Only runs of this name.
+    """
+    found = []
+    for folder in root.glob(f"{glob.escape(name) if name else '*'}/version_*"):
+        written = [path.stat().st_mtime_ns for path in (folder / CONFIG, folder / LAST) if path.is_file()]
+        if written and version(folder) >= 0:
+            found.append((max(written), version(folder), folder))
+    return [folder for *_, folder in sorted(found, reverse=True)]
+
+
+def folder_of(ckpt_path: Path) -> Path | None:
+    """Returns the run folder that a checkpoint lies in, or None."""
+    path = ckpt_path if ckpt_path.parent.name else ckpt_path.absolute()  # "last.ckpt" within the folder itself
+    folder = path.parent.parent
+    is_run = path.parent.name == "checkpoints" and (folder / CONFIG).is_file()
+    return folder if is_run else None
+
+
+def scored_checkpoint(folder: Path) -> Path | None:
+    """Returns the checkpoint that a run is scored by: the best, or without validation the last; None if none yet."""
+    return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
+
+
+def find(word: str, root: Path, name: str | None = None) -> Path:
+    """Returns the file that ``--ckpt_path`` means; does not open it.
+
+    Args:
+        word: A file, or ``best``, ``last`` or ``pretrained`` (also with ``.ckpt``), which a file of that name overrides.
+        root: The folder ``runs``.
+        name: The name of the run that ``best`` and ``last`` mean; the newest of all runs by default.
+
+    Raises:
+        UsageError: If there is no such file, or ``word`` is a URL; the message lists what there is.
+    """
+    refuse_url(word)
+    path, kind = Path(word).expanduser(), word.removesuffix(".ckpt")
+    try:
+        if path.is_file():
+            return path
+        if kind == "pretrained" and PRETRAINED.is_file():
+            return PRETRAINED
+        runs = all_runs(root, name)
+        around = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt"), *path.parent.glob("*.ckpt")]
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UsageError(f"Checkpoint {word!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+    of_name = f" of the name {name!r}" if name else ""
+    problem = f"Checkpoint {word!r} does not exist or is no file"
+    if kind in ("best", "last"):
+        found = runs and (scored_checkpoint(runs[0]) if kind == "best" else _existing(runs[0] / LAST))
+        if found:
+            return found
+        problem = f"Checkpoint {word!r} does not exist: there is no run{of_name} in {str(root)!r}"
+        if runs:
+            problem = f"Checkpoint {word!r} does not exist: the newest run{of_name}, {runs[0]}, has finished no epoch"
+    known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
+    raise UsageError(f"{problem}.\n{_advice(word, known)}")
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _advice(word: str, known: Iterable[Path]) -> str:
+    """Names checkpoints that exist, those most like ``word`` first."""
+    names = list(dict.fromkeys(map(str, known)))
+    if not names:
+        return "There are no checkpoints yet; this trains one: python -m lenet_pl fit --config lenet.yaml"
+    return f"Give one of these: {', '.join(difflib.get_close_matches(word, names) or names[:3])}"
+
+
+def refuse_url(path: str | Path) -> None:
+    """Raises UsageError if ``path`` is a URL: nothing is downloaded, for a checkpoint could come from anywhere."""
+    if re.match(r"[A-Za-z][\w+.:-]+:/|.*://", str(path)):  # Path("http://x") is "http:/x"
+        raise UsageError(f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read")
+
+
+def read_results(folder: Path) -> list[dict[str, str]]:
+    """Returns the rows of results.csv, without one that a crash cut short."""
+    path = folder / RESULTS
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("seconds")]
+
+
+def write_results(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces results.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / RESULTS, text.getvalue().encode())
