@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Column, Table
 from rich.text import Text
 
-from lenet_pl.checkpoint import write_atomic
+from lenet_pl.atomic import write_atomic
 from lenet_pl.lenet import layers
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")

@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import io
-import os
 import pickle
 import re
 import warnings
@@ -14,6 +13,7 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 
+from lenet_pl.atomic import write_atomic
 from lenet_pl.errors import UsageError
 
 # What Trainer.save_checkpoint writes for LitLeNet; restoring a file without these would fail far from here.
@@ -49,35 +49,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes the file ``path`` if there is one."""
         Path(path).unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces the content of ``path``: at every moment the old or the new one is there, whole.
-
-    Missing folders are made. The temporary file lies beside ``path``: renaming is atomic in one filesystem.
-
-    Raises:
-        OSError: No permission, no space, …; the temporary file is gone.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the id: two commands may write one file
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file
-        temporary.replace(path)
-    except BaseException as error:  # Ctrl-C too
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk does not tell which file, others name the temporary one
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)  # makes the rename itself last
-        finally:
-            os.close(folder)
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import checkpoint
+from lenet_pl.atomic import write_atomic
 from lenet_pl.callbacks import BestCheckpoint, EpochBar, GracefulStop, RunFolder, Stopped, Summary
 from lenet_pl.checkpoint import AtomicCheckpointIO, CheckpointError
 from lenet_pl.datamodule import FashionMNISTDataModule
@@ -264,7 +265,7 @@ class CLI(LightningCLI):
 
     def report(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Writes report.html and its pictures from a checkpoint alone."""
-        from lenet_pl import report  # matplotlib takes a second
+        from lenet_pl.apps import report  # matplotlib takes a second
 
         if self.trainer.is_global_zero:
             model.to(self.trainer.strategy.root_device)
@@ -272,13 +273,13 @@ class CLI(LightningCLI):
 
     def export(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, format: str) -> None:
         """Writes the net as a file for other programs."""
-        from lenet_pl import export
+        from lenet_pl.apps import export
 
         export.write(Path(ckpt_path), model, datamodule, format, self.config.export.output)
 
     def demo(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, port: int) -> None:
         """Serves the page until Ctrl-C."""
-        from lenet_pl import demo
+        from lenet_pl.apps import demo
 
         demo.serve(model, datamodule, port)
 
@@ -290,7 +291,7 @@ class CLI(LightningCLI):
 
     def predict(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Classifies the user's pictures, or the test images."""
-        from lenet_pl import predict
+        from lenet_pl.apps import predict
 
         batches = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
         predict.write(Path(self.config.predict.output or "."), datamodule, torch.cat(batches))  # type: ignore[arg-type]
@@ -310,7 +311,7 @@ class CLI(LightningCLI):
             "seed": self.config[self.subcommand].seed_everything,
         }
         if self.trainer.is_global_zero:
-            checkpoint.write_atomic(file, (json.dumps(result, indent=2) + "\n").encode())
+            write_atomic(file, (json.dumps(result, indent=2) + "\n").encode())
             score = f"{metrics['test_acc']:.2%}  (loss {metrics['test_loss']:.4f}, {result['n']} images)"
             print(f"Test accuracy: {score}" + ("" if tta == own else f", model.tta={tta}; see {file.name}"))
 

@@ -8,7 +8,8 @@ import torchvision
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lenet_pl import download, pictures
+from lenet_pl import download
+from lenet_pl.apps import pictures
 from lenet_pl.checkpoint import CheckpointError
 from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, Loader, generator, normalise
 

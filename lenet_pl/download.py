@@ -15,6 +15,8 @@ from typing import BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
+from lenet_pl.atomic import write_atomic
+
 # Name: SHA-256 and size of the raw content in bytes.
 FILES = {
     "train-images-idx3-ubyte": ("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", 47040016),
@@ -86,8 +88,6 @@ def _is_sound(path: Path) -> bool:
 
 def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
     """Goes through the sources until nothing is missing."""
-    from lenet_pl.checkpoint import write_atomic  # and with it torch, which a complete data folder does not need
-
     failures: dict[str, str] = {}  # source: reason
     named = os.environ.get("LENET_PL_DATA_SOURCE")
     for source in (str(raw), *([named] if named else []), *SOURCES):  # raw: .gz files put there by hand

@@ -8,9 +8,9 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
-from lenet_pl import pictures
+from lenet_pl.apps import pictures
+from lenet_pl.apps.pictures import background, centre, find, flatten, load, negate, resize, sharpen, to_uint8, trim
 from lenet_pl.lenet import LeNet5
-from lenet_pl.pictures import background, centre, find, flatten, load, negate, resize, sharpen, to_uint8, trim
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from lenet_pl import pictures, plots
-from lenet_pl.checkpoint import write_atomic
+from lenet_pl.apps import pictures, plots
+from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.errors import UsageError
 

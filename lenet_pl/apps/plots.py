@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from lenet_pl.checkpoint import write_atomic
+from lenet_pl.atomic import write_atomic
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, told apart by colour-blind people too
 INK = "#1f2328"  # text and lines, and nothing else: ``svg`` gives them the page's colour
