@@ -1,169 +1,171 @@
-"""A user's picture → the 28×28 grey on black that the net was trained on.
+"""Finds and opens a user's pictures; ``prepare`` then turns them into what the net was trained on."""
 
-The steps are those that made the data set: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
-Benchmarking Machine Learning Algorithms" (2017), arXiv 1708.07747, section 2. Its input was 51×73 thumbnails of one
-shop on near-white. What is done otherwise lets other pictures in, or was measured ("kept": the share of 1,000 test
-images, blown up to 280×280, inverted, as JPEG, to which two trained nets gave the same label as before: 99.2 %):
-
-- Rows and columns are averaged, not skipped: skipping makes a large photo jagged.
-- Sharpening is gentler than the paper's words suggest (30 %, not 80 %, of the difference from the blurred picture).
-  The data set is sharp already: at 80 %, 98.3 % were kept, at 0 %, 98.1 %; drawings of garments fared alike.
-- A picture laid out like the data set, from edge to edge and centred to a pixel, is not trimmed (else 97.0 % kept);
-  one of 28×28 is at most negated.
-- The background becomes black whatever grey it was: with 22 % grey left there, 61 % of the labels stayed.
-"""
-
-import math
+import contextlib
+import glob
+import os
+import threading
 import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageFilter, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-SIDE = 28
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # not EPS: Pillow would run Ghostscript on it
+from lenet_pl.apps.names import one_line
+from lenet_pl.apps.prepare import SIDE, flatten, resize, to_uint8
+
+__all__ = ["SIDE", "SUFFIXES", "find", "flatten", "load", "resize", "to_uint8"]
+
+MARK = "lenet_pl"  # the text "Software" of every PNG that this program writes for its user
+MAX_PIXELS = 250_000_000  # phones take up to 200 megapixels; so many pixels take 1 GB of memory
+MAX_TEXT = MAX_PIXELS  # bytes of text in a PNG: they may take as much memory as its grey pixels
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # without EPS, for which Pillow would start Ghostscript
+SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS)
+_LOCK = threading.Lock()
 
 
-def find(path: str | Path) -> list[Path]:
-    """Returns a file as it is, or the pictures in a folder and its subfolders, sorted.
+def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Finds the pictures that a user names, and prints one line about files in folders that are not read.
+
+    Args:
+        images: A file, a folder or a pattern such as ``photos/*.jpg``, or several of them. A name that exists is never
+            read as a pattern. Folders are searched with their subfolders, but without hidden files and folders.
+
+    Returns:
+        The pictures, each once, in the order of ``images`` and sorted within a folder. A file that is named itself is
+        returned whatever it is. Files in a folder or of a pattern need the suffix of a picture, and pictures that
+        this program wrote are left out.
 
     Raises:
-        ValueError: If nothing is there, or no picture in the folder.
+        ValueError: If a name does not exist, or if there is no picture at all.
     """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; give a picture or a folder of pictures")
-    found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()]
+    names = [images] if isinstance(images, str | Path) else list(images)
+    found: dict[str, Path] = {}  # by absolute path
+    not_read: dict[str, str] = {}  # absolute path: the reason
+    for name in names:
+        try:
+            named, listed = _meant(Path(name))
+        except OSError as error:
+            raise ValueError(f"{one_line(name)}: {error.strerror}") from error
+        for file in listed:
+            if reason := _why_not(file):
+                not_read[_key(file)] = reason
+            else:
+                named.append(file)
+        for file in named:
+            found.setdefault(_key(file), file)
+    reasons = Counter(reason for key, reason in not_read.items() if key not in found)
+    summary = _summary(reasons)
     if not found:
-        raise ValueError(f"{path}: no pictures in this folder; expected files named {' '.join(sorted(SUFFIXES))}")
-    return sorted(found)
+        where = ", ".join(map(one_line, names))
+        raise ValueError(
+            f"{where}: no pictures there; expected files named {' '.join(sorted(SUFFIXES))}"
+            + (f"; {summary}" if summary else "")
+        )
+    if summary:
+        print(summary)
+    return list(found.values())
+
+
+def _key(path: Path) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 (resolve() would follow links)
+
+
+def _meant(path: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the file that is named itself, and the files that a folder or a pattern stands for.
+
+    Raises:
+        OSError: If the name is too long, or a folder may not be read.
+        ValueError: If there is no such file or folder, and nothing that fits the pattern.
+    """
+    if not path.exists():
+        path = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user who does not exist)
+    if path.is_file():
+        return [path], []
+    if path.is_dir():
+        return [], _below(path)
+    listed: list[Path] = []
+    for match in map(Path, sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (Path.glob: no absolute ones)
+        listed += _below(match) if match.is_dir() else [match]
+    if not listed:
+        raise ValueError(f"{one_line(path)}: no such file or folder; give a picture, a folder or a pattern")
+    return [], listed
+
+
+def _below(folder: Path) -> list[Path]:
+    """Lists the files in a folder and its subfolders, sorted, without hidden ones."""
+    files = []
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # os.walk goes into what is left
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
+
+
+def _why_not(file: Path) -> str:
+    """Returns why a file in a folder is not read, or nothing if it is a picture of the user's."""
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        return one_line(suffix) or "no suffix"
+    return "written by lenet_pl" if suffix == ".png" and _is_ours(file) else ""
+
+
+def _summary(reasons: Counter[str]) -> str:
+    """Returns a line such as ``not read: 3 files (.heic 2, .avif 1)``, or nothing where every file is read."""
+    if not reasons:
+        return ""
+    total = reasons.total()
+    most_first = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{reason} {n}" for reason, n in most_first[:6]]
+    if len(most_first) > len(parts):
+        parts.append("…")
+    return f"not read: {total:,} file{'s' if total > 1 else ''} ({', '.join(parts)})"
+
+
+def _is_ours(path: Path) -> bool:
+    """Tells whether this program wrote a PNG, such as an earlier predictions.png."""
+    with contextlib.suppress(Exception), _limits(), Image.open(path, formats=["PNG"]) as picture:
+        return picture.info.get("Software") == MARK
+    return False  # a damaged file: loading it will tell
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """Sets this module's limits against decompression bombs, for one thread at a time.
+
+    Pillow's limits and Python's warning filters hold for the whole process, so both are set back afterwards.
+    """
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd metadata in a picture that can be read
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
 
 
 def load(path: Path) -> Image.Image:
-    """Opens a picture: its first frame, turned as its EXIF says; a large JPEG at 1/2 to 1/8 of its size.
+    """Opens a picture: its first frame, turned as its EXIF data say.
+
+    A large JPEG is decoded at 1/2 to 1/8 of its size, but to no less than 1024 pixels.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is no picture, damaged, or above Pillow's limit against decompression bombs.
+        ValueError: If it is no picture or damaged, or if it has over ``MAX_PIXELS`` pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata in a picture that can be read
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as picture:
-                picture.draft(None, (1024, 1024))  # at least so large: a photo is decoded several times faster
-                return ImageOps.exif_transpose(picture)
+        with _limits(), Image.open(path, formats=_FORMATS) as picture:
+            picture.draft(None, (1024, 1024))  # decodes a photo several times faster
+            return ImageOps.exif_transpose(picture)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"picture too large: over {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down") from None
+        raise ValueError(f"picture too large: over {MAX_PIXELS:,} pixels; scale it down") from None
     except UnidentifiedImageError:
         raise ValueError(f"not a picture, or none of {', '.join(_FORMATS)}; convert it to PNG") from None
-    except Exception as error:  # on damaged files the decoders raise anything from SyntaxError to struct.error
+    except Exception as error:  # for damaged files the decoders raise anything from SyntaxError to struct.error
         if isinstance(error, OSError) and error.errno:
             raise
+        if "MAX_TEXT" in str(error):
+            raise ValueError(f"picture with over {MAX_TEXT:,} bytes of text; save it again without them") from None
         raise ValueError(f"damaged picture: {error}; save it again") from error
-
-
-def to_uint8(picture: Image.Image, preprocess: bool = True) -> torch.Tensor:
-    """Turns a picture of any mode and size into a data-set image.
-
-    Args:
-        picture: As ``load`` returns it.
-        preprocess: False: only to grey and to 28×28, for pictures that are prepared already.
-
-    Returns:
-        ``[1, 28, 28]``, uint8, 0 = black background.
-    """
-    picture = flatten(picture)
-    grey = picture.convert("L")
-    if not preprocess:
-        grey = grey.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    elif picture.size == (SIDE, SIDE):
-        grey = ImageOps.invert(grey) if background(grey)[0] > 127 else grey
-    else:  # the paper centres before it negates: the same, but for an edge of the background's colour
-        grey = centre(negate(sharpen(resize(trim(picture), SIDE)).convert("L"), background(grey)[0]))
-    return torch.from_numpy(np.array(grey)[None])
-
-
-def flatten(picture: Image.Image) -> Image.Image:
-    """Brings any mode to RGB: 16-bit and float grey to 8 bits, what is transparent onto a background.
-
-    White, as behind the data set's garments; black behind garments so light (from 225) that the net finds more of
-    them there. A 28×28 picture is taken for a data-set image with a mask, and the mask is dropped.
-    """
-    if picture.mode[0] in "IF":  # I, I;16, I;16B, F: the largest value tells the scale
-        values = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
-        top = next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
-        return Image.fromarray((values * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    opaque, alpha = picture.convert("RGB"), picture.getchannel("A")
-    grey = opaque.convert("L")
-    darkest, lightest = grey.getextrema()
-    if picture.size == (SIDE, SIDE) and darkest != lightest:  # if equal, the mask is the image
-        return opaque
-    light = alpha.getbbox() is not None and ImageStat.Stat(grey, mask=alpha).mean[0] > 225
-    backdrop = Image.new("RGB", picture.size, "black" if light else "white")
-    backdrop.paste(opaque, mask=alpha)
-    return backdrop
-
-
-def resize(picture: Image.Image, longest: int) -> Image.Image:
-    """Brings the longest edge to so many pixels and keeps the proportions; no edge ends below one pixel."""
-    width, height = (max(1, round(edge * longest / max(picture.size))) for edge in picture.size)
-    return picture.resize((width, height), Image.Resampling.HAMMING, reducing_gap=3.0)
-
-
-def _overview(picture: Image.Image) -> Image.Image:
-    """At most 112 pixels long: noise and JPEG's blocks are averaged out, a garment still shows where it ends."""
-    return resize(picture, min(max(picture.size), 4 * SIDE))
-
-
-def background(picture: Image.Image) -> list[float]:
-    """Returns the colour of the corners, a value per channel: their median, so one covered corner does no harm."""
-    pixels = np.atleast_3d(np.asarray(_overview(picture)))  # [height, width, channels]
-    return [float(value) for value in np.median(pixels[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)]
-
-
-def trim(picture: Image.Image) -> Image.Image:
-    """Cuts edges within 5 % of the background's colour (root mean square over red, green and blue)."""
-    colour = background(picture)
-    for _ in range(2):  # the second look is closer
-        small = _overview(picture)
-        far = np.square(np.asarray(small, np.float32) - colour).mean(2) > (0.05 * 255) ** 2  # [height, width]
-        box = Image.fromarray(far.astype(np.uint8)).filter(ImageFilter.MedianFilter(3)).getbbox()  # no specks
-        if box is None:
-            return picture
-        left, top, right, bottom = box
-        shift = max(abs(left + right - small.width), abs(top + bottom - small.height)) / 2
-        free = small.width - max(right - left, bottom - top)
-        if small.width == small.height and max(shift, free) <= small.width / SIDE:
-            return picture  # laid out like the data set, to one of its pixels
-        x, y = picture.width / small.width, picture.height / small.height
-        picture = picture.crop((int(left * x), int(top * y), math.ceil(right * x), math.ceil(bottom * y)))
-    return picture
-
-
-def sharpen(picture: Image.Image) -> Image.Image:
-    """Sharpens with a Gaussian of standard deviation 1.0: nothing on even ground, most near outlines."""
-    return picture.filter(ImageFilter.UnsharpMask(radius=1.0, percent=30, threshold=0))
-
-
-def negate(grey: Image.Image, background: float) -> Image.Image:
-    """Negates where the background is lighter than the mean, then stretches the levels from background to 255."""
-    values = np.asarray(grey, np.float32)
-    if values.mean() < background:
-        values, background = 255 - values, 255 - background
-    values = (values - background) * (255 / max(1, 255 - background))
-    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-
-
-def centre(grey: Image.Image) -> Image.Image:
-    """Centres on 28×28 black; of an odd margin the larger half is left or above, as in the data set."""
-    canvas = Image.new("L", (SIDE, SIDE))
-    canvas.paste(grey, ((SIDE - grey.width + 1) // 2, (SIDE - grey.height + 1) // 2))
-    return canvas

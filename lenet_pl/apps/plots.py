@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
+from lenet_pl.apps.pictures import MARK
 from lenet_pl.atomic import write_atomic
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, told apart by colour-blind people too
@@ -37,7 +38,7 @@ _styled = matplotlib.rc_context(STYLE)
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
+    figure.savefig(buffer, dpi=120, metadata={"Software": MARK})
     figure.set_layout_engine("none")  # the places are found: drawing it again, as ``svg`` does, takes half the time
     write_atomic(path, buffer.getvalue())
 
