@@ -21,6 +21,7 @@ MAX_PIXELS = 250_000_000  # phones take up to 200 megapixels; so many pixels tak
 MAX_TEXT = MAX_PIXELS  # bytes of text in a PNG: they may take as much memory as its grey pixels
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # without EPS, for which Pillow would start Ghostscript
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS)
+_OURS = f"written by {MARK}"
 _LOCK = threading.Lock()
 
 
@@ -106,7 +107,7 @@ def _why_not(file: Path) -> str:
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         return one_line(suffix) or "no suffix"
-    return "written by lenet_pl" if suffix == ".png" and _is_ours(file) else ""
+    return _OURS if suffix == ".png" and _is_ours(file) else ""
 
 
 def _summary(reasons: Counter[str]) -> str:
@@ -114,7 +115,7 @@ def _summary(reasons: Counter[str]) -> str:
     if not reasons:
         return ""
     total = reasons.total()
-    most_first = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    most_first = sorted(reasons.items(), key=lambda item: (item[0] != _OURS, -item[1], item[0]))
     parts = [f"{reason} {n}" for reason, n in most_first[:6]]
     if len(most_first) > len(parts):
         parts.append("…")

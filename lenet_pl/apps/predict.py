@@ -1,92 +1,115 @@
-"""What ``predict`` shows and leaves: a table, predictions.csv and predictions.png."""
+"""What ``predict`` shows and writes: a table on the screen, predictions.csv and predictions.png."""
 
 import csv
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import rich
-from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor
 
 from lenet_pl.apps import pictures, plots
+from lenet_pl.apps.names import decoded, one_line
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.errors import UsageError
 
 SHOWN = 24  # rows of the table and of the picture; predictions.csv holds all
+COLUMNS = ("file", "label", "probability", "second", "second_probability", "third", "third_probability", "error")
 
 
-class NothingClassified(RuntimeError):  # noqa: N818 (says it better)
+class NothingClassified(RuntimeError):  # noqa: N818 (it is the name of an outcome)
     """No picture could be read."""
 
 
+class Prediction(NamedTuple):
+    """The net's answer for one picture.
+
+    Attributes:
+        name: The file's name, or ``test image 0`` and so on.
+        top: The three most probable classes, the most probable first, each with its probability (0 to 1).
+        error: Why the picture could not be read; empty if it could.
+    """
+
+    name: str
+    top: list[tuple[str, float]]
+    error: str
+
+
 def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> None:
-    """Prints the table and writes both files.
+    """Prints the table and writes predictions.csv and predictions.png.
 
     Args:
-        folder: Where they go.
-        data: The datamodule that has just handed out the pictures, or the test images.
-        probabilities: ``[N, 10]``, in its order.
+        folder: Where the two files go. It is made if it is missing.
+        data: The datamodule that has just handed out the pictures or the test images.
+        probabilities: ``[N, 10]``, 0 to 1, in the datamodule's order.
 
     Raises:
-        NothingClassified: If no picture could be read; predictions.csv is written all the same.
+        NothingClassified: If no picture could be read; predictions.csv then holds the reasons.
         UsageError: If ``folder`` is a file.
+        OSError: If a file cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output={folder}: expected a folder, found a file")
-    names = [str(file) for file in data.files] or [f"test image {i}" for i in range(len(probabilities))]
-    errors = {str(file): text for file, text in data.errors.items()}
-    values, classes = probabilities.topk(3)  # [N, 3] each
-    top3 = [
-        [(FashionMNIST.classes[c], v) for c, v in zip(*row, strict=True)]
-        for row in zip(classes.tolist(), values.tolist(), strict=True)
-    ]
+        raise UsageError(f"output={one_line(folder)}: expected a folder, found a file")
+    predictions = _predictions(data, probabilities)
+    classified = [i for i, prediction in enumerate(predictions) if not prediction.error]
+    write_atomic(folder / "predictions.csv", _csv(predictions).encode())
+    if classified:
+        rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
+        plots.save(plots.predictions(rows), folder / "predictions.png")
+    rich.print(_table(predictions[:SHOWN]))
+    rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
+    print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
+    print(f"all: {one_line(folder / 'predictions.csv')}")
+    if not classified:
+        raise NothingClassified(f"none of the {len(predictions)} files is a readable picture; see the reasons above")
+
+
+def _predictions(data: FashionMNISTDataModule, probabilities: Tensor) -> list[Prediction]:
+    values, indices = probabilities.topk(3)  # [N, 3] each
+    predictions = []
+    for i, (row, shares) in enumerate(zip(indices.tolist(), values.tolist(), strict=True)):
+        top = [(FashionMNIST.classes[index], share) for index, share in zip(row, shares, strict=True)]
+        if data.files:
+            predictions.append(Prediction(str(data.files[i]), top, data.errors.get(data.files[i], "")))
+        else:
+            predictions.append(Prediction(f"test image {i}", top, ""))
+    return predictions
+
+
+def _csv(predictions: list[Prediction]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "label", "probability", "second", "third", "error"])
-    table = Table("file", "label", "second", "third")
-    for i, (name, top) in enumerate(zip(names, top3, strict=True)):
-        error = errors.get(name, "")
-        (first, p), (second, _), (third, _) = top
-        writer.writerow([name, "", "", "", "", error] if error else [name, first, f"{p:.6f}", second, third, ""])
-        if i < SHOWN:
-            cells = (f"[red]{error}", "", "") if error else (f"{label} {share:.1%}" for label, share in top)
-            table.add_row(name, *cells)
-    write_atomic(folder / "predictions.csv", text.getvalue().encode())
-    good = [i for i, name in enumerate(names) if name not in errors]
-    if good:
-        plots.save(_figure(data, names, top3, good[:SHOWN]), folder / "predictions.png")
-    rich.print(table)
-    rest = f"; the table shows the first {SHOWN}" if len(names) > SHOWN else ""
-    print(f"{len(good)} classified, {len(errors)} not{rest}\nall: {folder / 'predictions.csv'}")
-    if not good:
-        raise NothingClassified(f"none of the {len(names)} files is a readable picture; the reasons stand above")
+    writer.writerow(COLUMNS)
+    for name, top, error in predictions:
+        answer = ["", ""] * 3
+        if not error:
+            answer = [field for label, share in top for field in (label, f"{share:.6f}")]
+        writer.writerow([decoded(name), *answer, decoded(error)])
+    return text.getvalue()
 
 
-def _figure(
-    data: FashionMNISTDataModule, names: list[str], top3: list[list[tuple[str, float]]], rows: list[int]
-) -> Figure:
-    """Draws for each row the picture, what the net saw, and the three probabilities."""
-    figure = Figure(figsize=(7, 0.9 * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1, 1, 4])
-    for (left, middle, right), i in zip(axes, rows, strict=True):
-        if data.files:
-            picture = pictures.load(data.files[i])
-            seen = pictures.to_uint8(picture, data.preprocess)[0]
-            picture.thumbnail((200, 200))
-            left.imshow(picture.convert("RGBA"))
-        else:
-            assert data.test_set is not None
-            seen = data.test_set[0][i, 0]
-        middle.imshow(seen.numpy(), cmap="gray", vmin=0, vmax=255)
-        labels, shares = zip(*top3[i], strict=True)
-        right.barh(labels, shares, color=["#0072B2", "#999999", "#999999"])
-        right.set(xlim=(0, 1), xticks=[])
-        right.invert_yaxis()
-        right.set_title(Path(names[i]).name, fontsize=8, loc="left")
-        right.tick_params(labelsize=8, length=0)
-        right.spines[:].set_visible(False)
-        for ax in (left, middle):
-            ax.axis("off")
-    return figure
+def _table(predictions: list[Prediction]) -> Table:
+    """Lays out the table; its cells are ``Text``, because rich reads markup and emoji codes in plain strings."""
+    table = Table(Column("file", overflow="fold"), "label", "second", "third")
+    for name, top, error in predictions:
+        cells = [Text(one_line(error), style="red")] if error else [Text(f"{label} {p:.1%}") for label, p in top]
+        table.add_row(Text(one_line(name)), *cells)
+    return table
+
+
+def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.Row:
+    """Gathers a picture, what the net saw of it, and the net's answer."""
+    title = one_line(Path(prediction.name).name)
+    if not data.files:
+        assert data.test_set is not None
+        return plots.Row(title, None, data.test_set[0][i, 0].numpy(), prediction.top)
+    try:
+        picture = pictures.load(data.files[i])
+    except (OSError, ValueError):  # it was readable a moment ago and has changed since
+        return plots.Row(title, None, None, prediction.top)
+    seen = pictures.to_uint8(picture, data.preprocess)[0].numpy()
+    picture.thumbnail((200, 200))
+    return plots.Row(title, picture.convert("RGBA"), seen, prediction.top)
