@@ -15,6 +15,8 @@ from typing import BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
+from lenet_pl.atomic import write_atomic
+
 # Name: SHA-256 and size of the raw content in bytes.
 FILES = {
     "train-images-idx3-ubyte": ("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", 47040016),

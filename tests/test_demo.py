@@ -16,8 +16,9 @@ import torch
 from conftest import inside
 from PIL import Image
 
-from lenet_pl import FashionMNISTDataModule, LitLeNet, demo, pictures
+from lenet_pl import FashionMNISTDataModule, LitLeNet
 from lenet_pl.__main__ import main
+from lenet_pl.apps import demo, pictures
 from lenet_pl.datamodule import FashionMNIST
 
 FIT = ("--data.val_size", "60", "--data.batch_size", "8", "--trainer.max_epochs", "4")

@@ -11,8 +11,9 @@ from conftest import ROOT, TEST, inside
 from PIL import Image
 
 import lenet_pl
-from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, __version__, checkpoint, download, export
+from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, __version__, checkpoint, download
 from lenet_pl.__main__ import main
+from lenet_pl.apps import export
 from lenet_pl.datamodule import FashionMNIST
 
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--data.mean", 0.25, "--data.std", 0.5)

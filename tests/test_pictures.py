@@ -1,16 +1,20 @@
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 
-from lenet_pl import pictures
+from lenet_pl.apps import pictures, plots
+from lenet_pl.apps.pictures import find, load
+from lenet_pl.apps.prepare import background, centre, flatten, negate, resize, sharpen, to_uint8, trim
 from lenet_pl.lenet import LeNet5
-from lenet_pl.pictures import background, centre, find, flatten, load, negate, resize, sharpen, to_uint8, trim
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -334,25 +338,120 @@ def test_load_refuses_what_is_no_picture(tmp_path):
 @pytest.mark.parametrize("edge", [110, 150], ids=["where Pillow warns", "where Pillow raises"])
 def test_load_refuses_a_decompression_bomb(edge, tmp_path, monkeypatch):
     Image.new("1", (edge, edge)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10_000)
     with pytest.raises(ValueError, match="picture too large: over 10,000 pixels"):
         load(tmp_path / "bomb.png")
 
 
+def png_header(size):
+    """The beginning of a grey PNG of this size; its pixels are missing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\1\0IDAT"
+    )
+
+
+def test_load_reads_the_largest_photos_of_phones_but_no_bomb(tmp_path):
+    photo = draw((3000, 1000, 6000, 8000), (12_000, 9_000), 250, 20, "L")
+    before = Image.MAX_IMAGE_PIXELS
+    assert stored(photo, tmp_path, "photo.jpg", quality=50).size == (1500, 1125)
+    assert before == Image.MAX_IMAGE_PIXELS  # Pillow's limit is the whole process's
+    for size, message in (((16_320, 12_240), "damaged"), ((60_000, 60_000), r"too large: over 250,000,000 pixels")):
+        (tmp_path / "a.png").write_bytes(png_header(size))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_load_reads_a_png_with_much_text(tmp_path, compressed):
+    text = PngImagePlugin.PngInfo()
+    for i in range(3 if compressed else 70):  # Pillow's own limits: 1 MiB a text, 64 MiB together
+        text.add_text(f"comment {i}", "x" * 2**20 + "y", zip=compressed)
+    picture = stored(Image.fromarray(garment()), tmp_path, "a.png", pnginfo=text)
+    assert (pixels_of(picture) == garment()).all()
+
+
+def test_load_refuses_a_png_whose_text_is_a_bomb(tmp_path, monkeypatch):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 10_001, zip=True)
+    monkeypatch.setattr(pictures, "MAX_TEXT", 10_000)
+    with pytest.raises(ValueError, match="over 10,000 bytes of text"):
+        stored(Image.new("L", (9, 9)), tmp_path, "a.png", pnginfo=text)
+
+
+def put(folder, *names):
+    """Makes empty files."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found(folder, images):
+    return [path.relative_to(folder).as_posix() for path in find(images)]
+
+
 def test_find(tmp_path):
-    for name in ("b.JPG", "a.png", "sub/c.webp", "notes.txt", "._a.png", "folder.png/d.gif"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    names = [path.relative_to(tmp_path).as_posix() for path in find(tmp_path)]
-    assert names == ["a.png", "b.JPG", "folder.png/d.gif", "sub/c.webp"]
+    put(tmp_path, "b.JPG", "a.png", "sub/c.webp", "notes.txt", "._a.png", ".hidden/e.png", "folder.png/d.gif")
+    assert found(tmp_path, tmp_path) == ["a.png", "b.JPG", "folder.png/d.gif", "sub/c.webp"]
     assert find(str(tmp_path / "notes.txt")) == [tmp_path / "notes.txt"]
 
 
-def test_find_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing: no such file or folder; give a picture or a folder"):
-        find(tmp_path / "nothing")
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"no pictures in this folder; expected files named \.bmp \.gif"):
+def test_find_takes_every_suffix_of_a_format_that_is_read(tmp_path):
+    names = ["a.apng", "a.bmp", "a.jfif", "a.jpe", "a.jpeg", "a.jpg", "a.tif"]
+    put(tmp_path, *names)
+    assert found(tmp_path, tmp_path) == names
+    assert {".gif", ".png", ".tiff", ".webp"} < pictures.SUFFIXES
+    assert not {".eps", ".heic", ".avif", ".mpg"} & pictures.SUFFIXES
+
+
+def test_find_counts_what_it_does_not_read_in_one_line(tmp_path, capsys):
+    put(tmp_path, "a.png", "b.heic", "c.HEIC", "sub/d.avif", "e", ".hidden.txt")
+    assert found(tmp_path, tmp_path) == ["a.png"]
+    assert capsys.readouterr().out == "not read: 4 files (.heic 2, .avif 1, no suffix 1)\n"
+    put(tmp_path, *(f"{i}.{suffix}" for i, suffix in enumerate("stuvwxyz")))
+    find(tmp_path)
+    assert capsys.readouterr().out.endswith("1, …)\n")
+    find(tmp_path / "a.png")
+    assert capsys.readouterr().out == ""
+
+
+def test_find_takes_several_names_and_patterns_and_each_picture_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "b.png", "a.png", "c.jpg", "sub/d.png", "sub/e.jpg", "[ab].png", "notes.txt")
+    assert [str(path) for path in find(["sub", "b.png", "./b.png", tmp_path / "b.png"])] == [
+        "sub/d.png",
+        "sub/e.jpg",
+        "b.png",
+    ]
+    assert [str(path) for path in find("*.jpg")] == ["c.jpg"]
+    assert [str(path) for path in find("**/*.jpg")] == ["c.jpg", "sub/e.jpg"]
+    assert [str(path) for path in find("[ab].png")] == ["[ab].png"]  # it exists, so it is no pattern
+    assert [str(path) for path in find("[a]*.png")] == ["a.png"]
+    assert [str(path) for path in find(str(tmp_path / "s*"))] == [f"{tmp_path}/sub/d.png", f"{tmp_path}/sub/e.jpg"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/a.png") == [tmp_path / "a.png"]
+
+
+def test_find_leaves_out_what_this_program_wrote(tmp_path, capsys):
+    Image.fromarray(garment()).save(tmp_path / "mine.png")
+    plots.save(Figure(figsize=(1, 1)), tmp_path / "predictions.png")
+    assert found(tmp_path, tmp_path) == ["mine.png"]
+    assert capsys.readouterr().out == "not read: 1 file (written by lenet_pl 1)\n"
+    assert find(tmp_path / "predictions.png") == [tmp_path / "predictions.png"]  # who names it wants it
+    assert found(tmp_path, [tmp_path, tmp_path / "predictions.png"]) == ["mine.png", "predictions.png"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["nothing", "*.nothing", "a\0b", "x" * 300, "~nobody-here/a.png"])
+def test_find_names_what_is_missing(tmp_path, name):
+    put(tmp_path, "a.png")
+    with pytest.raises(ValueError, match=r"no such file or folder; give a picture, a folder or a pattern|too long"):
+        find([tmp_path, tmp_path / name])
+
+
+def test_find_names_a_folder_without_pictures(tmp_path):
+    put(tmp_path, "notes.txt")
+    with pytest.raises(ValueError, match=r"no pictures there; expected files named \.apng \.bmp \.gif.*\(.txt 1\)"):
         find(tmp_path)
     assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in pictures.SUFFIXES)
 

@@ -1,6 +1,8 @@
 """``predict``: a row for every picture, broken ones included, and the test set without pictures."""
 
 import csv
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from conftest import TEST
 from PIL import Image
 
+from lenet_pl.apps import plots, predict
 from lenet_pl.datamodule import FashionMNIST
 
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 6)
@@ -36,13 +39,17 @@ def test_pictures_get_the_labels_of_the_tensors_they_were_made_from(trained, wor
     assert (code, err) == (0, "")
     trained("predict", "--output", "all")
     pictures, tensors = rows("here/predictions.csv"), rows("all/predictions.csv")
-    assert list(pictures[0]) == ["file", "label", "probability", "second", "third", "error"]
+    assert ",".join(pictures[0]) == ("file,label,probability,second,second_probability,third,third_probability,error")
     assert [r["file"] for r in pictures] == [str(mine / f"{i:02}.png") for i in range(13)]
     for picture, tensor in zip(pictures[:12], tensors, strict=False):
-        assert (picture["label"], picture["second"]) == (tensor["label"], tensor["second"])
-        assert float(picture["probability"]) == pytest.approx(float(tensor["probability"]), abs=1e-5)
+        assert [picture[key] for key in ("label", "second", "third")] == [
+            tensor[k] for k in ("label", "second", "third")
+        ]
+        for key in ("probability", "second_probability", "third_probability"):
+            assert float(picture[key]) == pytest.approx(float(tensor[key]), abs=1e-5)
+        assert picture["probability"] >= picture["second_probability"] >= picture["third_probability"]
     assert "not a picture" in pictures[12]["error"]
-    assert pictures[12]["label"] == ""
+    assert [pictures[12][key] for key in list(pictures[12])[1:-1]] == [""] * 6
     assert "12 classified, 1 not" in out
     with Image.open("here/predictions.png") as picture:
         assert picture.size[0] > 500
@@ -76,3 +83,77 @@ def test_one_process_writes_all_rows(trained):
     code, _, err = trained("predict", "--output", "asked-for-two", "--trainer.devices", 2)
     assert (code, err) == (0, "")
     assert rows("one/predictions.csv") == rows("asked-for-two/predictions.csv")
+
+
+AWKWARD = ["Ba$$in.png", "a[/b].png", ":smile:.png", "a\nb.png", "\x1b[31mred.png", b"\xff.png", "日本.png"]
+
+
+def awkward(folder):
+    """Writes a picture under each awkward name; returns the names sorted as ``find`` sorts them."""
+    image = FashionMNIST("data", train=False).data[0].numpy()
+    paths = [folder / os.fsdecode(name) for name in AWKWARD if name != "a[/b].png"]
+    paths.append(folder / "a[" / "b].png")  # a file name cannot hold a slash: rich sees it in the path
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return sorted(paths)
+
+
+def test_names_are_shown_as_they_are(trained, workdir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "predictions", lambda rows, real=plots.predictions: drawn.extend(rows) or real(rows))
+    monkeypatch.setenv("COLUMNS", "150")
+    paths = awkward(Path("mine"))
+    Path("mine/[red]bad:smile:.png").write_bytes(b"no picture")
+    code, out, err = trained("predict", "--data.images", "mine", "--output", "$x[/y]$")
+    assert (code, err) == (0, "")
+    assert "7 classified, 1 not" in out
+    assert "all: $x[/y]$/predictions.csv" in out
+    there = {row["file"]: row for row in rows("$x[/y]$/predictions.csv")}
+    for path in paths:
+        assert there[str(path).replace("\udcff", "\\xff")]["label"]
+    assert not there["mine/[red]bad:smile:.png"]["label"]
+    shown = ["mine/Ba$$in.png", "mine/a[/b].png", "mine/:smile:.png", r"mine/a\nb.png", r"mine/\x1b[31mred.png"]
+    shown += [r"mine/\xff.png", "mine/日本.png", "mine/[red]bad:smile:.png"]
+    assert [name for name in shown if f" {name} " not in out] == []
+    assert "\x1b" not in out
+    titles = {Path(name).name for name in shown} - {"[red]bad:smile:.png"}
+    assert {row.title for row in drawn} == titles
+    with Image.open("$x[/y]$/predictions.png") as picture:
+        assert picture.info["Software"] == "lenet_pl"
+
+
+def test_the_picture_takes_a_title_for_text_and_shortens_it_in_the_middle():
+    image = np.zeros((28, 28))
+    top = [("Bag", 0.5), ("Coat", 0.3), ("Shirt", 0.2)]
+    figure = plots.predictions([plots.Row(title, image, None, top) for title in (r"$\frac{$.png", "x" * 99 + ".png")])
+    titles = [ax.get_title(loc="left") for ax in figure.axes[2::3]]
+    assert titles == [r"$\frac{$.png", "x" * 40 + "…" + "x" * 15 + ".png"]
+    figure.savefig(io.BytesIO())  # mathematics of that kind would raise
+
+
+def test_a_picture_that_goes_away_meanwhile_costs_the_others_nothing(trained, workdir, monkeypatch):
+    (workdir / "mine").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("L", (28, 28), 200).save(workdir / "mine" / name)
+    draw = predict._row
+    monkeypatch.setattr(
+        predict, "_row", lambda data, p, i: Path("mine/a.png").unlink(missing_ok=True) or draw(data, p, i)
+    )
+    code, out, err = trained("predict", "--data.images", "mine")
+    assert (code, err) == (0, "")
+    assert "2 classified, 0 not" in out
+
+
+def test_its_own_pictures_are_not_classified_the_next_time(trained, workdir):
+    Image.new("L", (28, 28), 200).save("mine.png")
+    for _ in range(2):
+        code, out, err = trained("predict", "--data.images", ".")
+        assert (code, err) == (0, "")
+    assert "written by lenet_pl" in out
+    assert [row["file"] for row in rows() if "data" not in row["file"]] == ["mine.png"]
+
+
+def test_nothing_in_apps_uses_pyplot():
+    for path in Path(plots.__file__).parent.glob("*.py"):
+        assert "matplotlib.pyplot" not in path.read_text(), path

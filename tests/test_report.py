@@ -14,8 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, plots, report
+from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet
 from lenet_pl.__main__ import main
+from lenet_pl.apps import plots, report
 from lenet_pl.lenet import layers
 
 ALWAYS = {"samples", "confusion_matrix", "reliability", "robustness", "right_and_wrong", "filters"}

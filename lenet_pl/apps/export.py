@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lenet_pl import __version__
-from lenet_pl.checkpoint import write_atomic
+from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
 from lenet_pl.errors import UsageError

@@ -22,8 +22,9 @@ from torch import Tensor
 from torchmetrics.functional import classification as metrics
 from torchvision.transforms.v2.functional import InterpolationMode, affine
 
-from lenet_pl import __version__, checkpoint, plots
-from lenet_pl.callbacks import RunFolder
+from lenet_pl import __version__, checkpoint, runs
+from lenet_pl.apps import plots
+from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.lenet import layers
 from lenet_pl.loader import EVAL_BATCH_SIZE, generator, normalise
@@ -53,8 +54,8 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         OSError: If a file cannot be written; each is whole or as it was before.
     """
     state = checkpoint.load(ckpt_path)
-    folder = checkpoint.run_folder(ckpt_path) or ckpt_path.parent
-    rows, epoch = RunFolder(folder, "").rows(), state["epoch"] + 1
+    folder = runs.folder_of(ckpt_path) or ckpt_path.parent
+    rows, epoch = runs.read_results(folder), state["epoch"] + 1
     config = folder / "config.yaml"
     settings = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
     trainer = settings.get("trainer", {})
@@ -95,7 +96,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         ],
         made=_made(model.device),
     )
-    checkpoint.write_atomic(folder / "report.html", html.encode())
+    write_atomic(folder / "report.html", html.encode())
     return folder / "report.html"
 
 

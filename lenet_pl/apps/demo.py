@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from lenet_pl import pictures
+from lenet_pl.apps import pictures
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
 from lenet_pl.errors import UsageError

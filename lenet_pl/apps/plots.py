@@ -1,9 +1,13 @@
-"""The pictures of a run: arrays in, Figure out, no global state."""
+"""Draws the pictures of the report and of ``predict``: arrays in, a Figure out.
+
+Nothing here uses pyplot, so the figures need no display and leave no global state behind.
+"""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -11,12 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lenet_pl.checkpoint import write_atomic
+from lenet_pl.apps.pictures import MARK
+from lenet_pl.atomic import write_atomic
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, told apart by colour-blind people too
-INK = "#1f2328"  # text and lines, and nothing else: ``svg`` gives them the page's colour
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # from Okabe and Ito's palette for colour-blind readers
+INK = "#1f2328"  # of text and lines only, because ``svg`` replaces it by the page's text colour
 STYLE: Any = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
@@ -24,10 +30,11 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "font.size": 9,
     "grid.alpha": 0.15,
-    "image.interpolation": "none",  # pixels stay pixels, in SVG too
+    "image.interpolation": "none",  # pixels stay squares, in SVG too
     "legend.frameon": False,
     "lines.markersize": 3.5,
-    "svg.hashsalt": "lenet_pl",  # the same picture is the same text
+    "svg.hashsalt": "lenet_pl",  # the same picture gives the same text
+    "text.usetex": False,  # a user's matplotlibrc may ask for it
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "grid.color"), INK),
     **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), INK),
 }
@@ -35,22 +42,64 @@ _styled = matplotlib.rc_context(STYLE)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
+    """Writes a figure as PNG with this program's mark, by which ``pictures.find`` passes it over.
+
+    Raises:
+        OSError: If the file cannot be written; an earlier one is then intact.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    figure.set_layout_engine("none")  # the places are found: drawing it again, as ``svg`` does, takes half the time
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a file name may use any script
+        figure.savefig(buffer, dpi=120, metadata={"Software": MARK})
+    figure.set_layout_engine("none")  # the layout is done; ``svg`` would repeat it and take twice as long
     write_atomic(path, buffer.getvalue())
 
 
 @_styled
 def svg(figure: Figure) -> str:
-    """Returns a figure as an ``<svg>`` element to put into a page, with no background and in the page's text colour."""
+    """Returns a figure as an ``<svg>`` element without background, in the text colour of the page around it."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     _, tag, rest = buffer.getvalue().partition("<svg")
     return (tag + rest).replace(INK, "currentColor")
+
+
+class Row(NamedTuple):
+    """One row of ``predictions``.
+
+    Attributes:
+        title: Any text. It is shown as it is, and shortened in the middle above 60 characters.
+        picture: The user's picture, or None to leave its place empty.
+        seen: What the net saw, ``[28, 28]``, 0 to 255, or None.
+        top: Class names and their probabilities, 0 to 1.
+    """
+
+    title: str
+    picture: ArrayLike | None
+    seen: ArrayLike | None
+    top: Sequence[tuple[str, float]]
+
+
+@_styled
+def predictions(rows: Sequence[Row]) -> Figure:
+    """Draws for each row the picture, what the net saw, and bars for the probabilities."""
+    figure = Figure(figsize=(7, 0.9 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1, 1, 4])
+    for (left, middle, right), row in zip(axes, rows, strict=True):
+        for ax, image in ((left, row.picture), (middle, row.seen)):
+            ax.axis("off")
+            if image is not None:
+                ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        labels, probabilities = zip(*row.top, strict=True)
+        right.barh(labels, probabilities, color=[BLUE, GREY, GREY])
+        right.set(xlim=(0, 1), xticks=[])
+        right.invert_yaxis()
+        title = row.title if len(row.title) <= 60 else f"{row.title[:40]}…{row.title[-19:]}"
+        right.set_title(title, fontsize=8, loc="left", parse_math=False)  # a file name may hold dollar signs
+        right.tick_params(labelsize=8, length=0)
+        right.spines[:].set_visible(False)
+    return figure
 
 
 @_styled

@@ -1,0 +1,115 @@
+"""What ``predict`` shows and writes: a table on the screen, predictions.csv and predictions.png."""
+
+import csv
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import rich
+from rich.table import Column, Table
+from rich.text import Text
+from torch import Tensor
+
+from lenet_pl.apps import pictures, plots
+from lenet_pl.apps.names import decoded, one_line
+from lenet_pl.atomic import write_atomic
+from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
+from lenet_pl.errors import UsageError
+
+SHOWN = 24  # rows of the table and of the picture; predictions.csv holds all
+COLUMNS = ("file", "label", "probability", "second", "second_probability", "third", "third_probability", "error")
+
+
+class NothingClassified(RuntimeError):  # noqa: N818 (it is the name of an outcome)
+    """No picture could be read."""
+
+
+class Prediction(NamedTuple):
+    """The net's answer for one picture.
+
+    Attributes:
+        name: The file's name, or ``test image 0`` and so on.
+        top: The three most probable classes, the most probable first, each with its probability (0 to 1).
+        error: Why the picture could not be read; empty if it could.
+    """
+
+    name: str
+    top: list[tuple[str, float]]
+    error: str
+
+
+def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> None:
+    """Prints the table and writes predictions.csv and predictions.png.
+
+    Args:
+        folder: Where the two files go. It is made if it is missing.
+        data: The datamodule that has just handed out the pictures or the test images.
+        probabilities: ``[N, 10]``, 0 to 1, in the datamodule's order.
+
+    Raises:
+        NothingClassified: If no picture could be read; predictions.csv then holds the reasons.
+        UsageError: If ``folder`` is a file.
+        OSError: If a file cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output={one_line(folder)}: expected a folder, found a file")
+    predictions = _predictions(data, probabilities)
+    classified = [i for i, prediction in enumerate(predictions) if not prediction.error]
+    write_atomic(folder / "predictions.csv", _csv(predictions).encode())
+    if classified:
+        rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
+        plots.save(plots.predictions(rows), folder / "predictions.png")
+    rich.print(_table(predictions[:SHOWN]))
+    rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
+    print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
+    print(f"all: {one_line(folder / 'predictions.csv')}")
+    if not classified:
+        raise NothingClassified(f"none of the {len(predictions)} files is a readable picture; see the reasons above")
+
+
+def _predictions(data: FashionMNISTDataModule, probabilities: Tensor) -> list[Prediction]:
+    values, indices = probabilities.topk(3)  # [N, 3] each
+    predictions = []
+    for i, (row, shares) in enumerate(zip(indices.tolist(), values.tolist(), strict=True)):
+        top = [(FashionMNIST.classes[index], share) for index, share in zip(row, shares, strict=True)]
+        if data.files:
+            predictions.append(Prediction(str(data.files[i]), top, data.errors.get(data.files[i], "")))
+        else:
+            predictions.append(Prediction(f"test image {i}", top, ""))
+    return predictions
+
+
+def _csv(predictions: list[Prediction]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, top, error in predictions:
+        answer = ["", ""] * 3
+        if not error:
+            answer = [field for label, share in top for field in (label, f"{share:.6f}")]
+        writer.writerow([decoded(name), *answer, decoded(error)])
+    return text.getvalue()
+
+
+def _table(predictions: list[Prediction]) -> Table:
+    """Lays out the table; its cells are ``Text``, because rich reads markup and emoji codes in plain strings."""
+    table = Table(Column("file", overflow="fold"), "label", "second", "third")
+    for name, top, error in predictions:
+        cells = [Text(one_line(error), style="red")] if error else [Text(f"{label} {p:.1%}") for label, p in top]
+        table.add_row(Text(one_line(name)), *cells)
+    return table
+
+
+def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.Row:
+    """Gathers a picture, what the net saw of it, and the net's answer."""
+    title = one_line(Path(prediction.name).name)
+    if not data.files:
+        assert data.test_set is not None
+        return plots.Row(title, None, data.test_set[0][i, 0].numpy(), prediction.top)
+    try:
+        picture = pictures.load(data.files[i])
+    except (OSError, ValueError):  # it was readable a moment ago and has changed since
+        return plots.Row(title, None, None, prediction.top)
+    seen = pictures.to_uint8(picture, data.preprocess)[0].numpy()
+    picture.thumbnail((200, 200))
+    return plots.Row(title, picture.convert("RGBA"), seen, prediction.top)
