@@ -12,25 +12,15 @@ import torch
 from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl.atomic import write_atomic
-from lenet_pl.errors import UsageError
+from lenet_pl.errors import CheckpointError
 from lenet_pl.runs import refuse_url
 
-# What every checkpoint of this package holds, and what it takes to go on with a training.
-_NEEDED = {
-    "state_dict": dict,
-    "hyper_parameters": dict,
-    "datamodule_hyper_parameters": dict,
-    "seed": int,
-    "epoch": int,
-    "global_step": int,
-    "pytorch-lightning_version": str,
-}
-_NEEDED_TO_RESUME = {"loops": dict, "optimizer_states": list}
-_REMEDY = "\nGive another file with --ckpt_path, or train one: python -m lenet_pl fit --config lenet.yaml"
-
-
-class CheckpointError(UsageError):
-    """A checkpoint is missing or unfit for use; the text gives name, cause and remedy in at most three lines."""
+# What Lightning writes for any module that saves its hyperparameters.
+_KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytorch-lightning_version": str}
+# What this package needs beside that: to build data and net anew, and to go on with a training.
+_OURS = {"datamodule_hyper_parameters": dict, "seed": int, "epoch": int}
+_TRAINING = {"loops": dict, "optimizer_states": list}
+_REMEDY = ".\nGive another file with --ckpt_path, or train one: python -m lenet_pl fit --config lenet.yaml"
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -58,17 +48,16 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def load(path: str | Path, map_location: Any = "cpu", resume: bool = False) -> dict[str, Any]:
+def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Reads a checkpoint after verifying every byte of it that matters; runs no code from it.
 
     Args:
         path: A local file.
         map_location: Where the tensors go, as for ``torch.load``.
-        resume: Whether a training is to go on from it, which takes more than the weights.
 
     Raises:
         CheckpointError: If ``path`` is a URL, no file, unreadable, damaged, refused by ``weights_only=True``, or not a
-            checkpoint of this package.
+            checkpoint of Lightning.
     """
     refuse_url(path)
     name = f"Checkpoint {str(path)!r}"
@@ -89,14 +78,32 @@ def load(path: str | Path, map_location: Any = "cpu", resume: bool = False) -> d
     except Exception as error:  # BadZipFile, EOFError, RuntimeError, struct.error …: they have no common parent
         line = (str(error) or type(error).__name__).splitlines()[0][:120].rstrip(".")
         raise CheckpointError(f"{name} is damaged, cut off or no checkpoint: {line}{_REMEDY}") from error
-    fields = content if isinstance(content, dict) else {}
-    lacking = [key for key, kind in _NEEDED.items() if not isinstance(fields.get(key), kind)]
-    if lacking:
-        raise CheckpointError(f"{name} is not one of lenet_pl: it lacks {', '.join(lacking)}{_REMEDY}")
-    lacking = [key for key, kind in _NEEDED_TO_RESUME.items() if not isinstance(fields.get(key), kind)]
-    if resume and lacking:
-        raise CheckpointError(f"{name} holds no training to go on with: it lacks {', '.join(lacking)}{_REMEDY}")
+    _require(content, _KEYS, name)
+    fields: dict[str, Any] = content
     return fields
+
+
+def load_ours(path: Path, resume: bool) -> dict[str, Any]:
+    """Calls :func:`load` for a checkpoint of this package.
+
+    Args:
+        path: A local file.
+        resume: Whether a training is to go on from it, which takes more than the weights.
+
+    Raises:
+        CheckpointError: Also if it lacks what this package writes.
+    """
+    content = load(path)
+    _require(content, _OURS | (_TRAINING if resume else {}), f"Checkpoint {str(path)!r}")
+    return content
+
+
+def _require(content: Any, keys: dict[str, type], name: str) -> None:
+    fields = content if isinstance(content, dict) else {}
+    lacking = [key for key, kind in keys.items() if not isinstance(fields.get(key), kind)]
+    if lacking:
+        what = "holds no training to go on with" if lacking[0] in _TRAINING else "is not one of lenet_pl"
+        raise CheckpointError(f"{name} {what}: it lacks {', '.join(lacking)}{_REMEDY}")
 
 
 def _verified(file: IO[bytes]) -> io.BytesIO:

@@ -26,7 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lenet_pl import blocks, checkpoint, configs, runs
 from lenet_pl.callbacks import BestCheckpoint, EpochBar, LastCheckpoint, RunFolder, RunLogger, Summary
 from lenet_pl.datamodule import FashionMNISTDataModule
-from lenet_pl.errors import UsageError, explain
+from lenet_pl.errors import CheckpointError, UsageError, explain
 from lenet_pl.module import LitLeNet
 
 # ``fit --help`` opens with these.
@@ -138,7 +138,7 @@ class CLI(LightningCLI):
         elif word is None:
             word = "best" if runs.all_runs(self.root, self.name) or not runs.PRETRAINED.is_file() else "pretrained"
         path = runs.find(word, self.root, self.name)
-        self.checkpoint = checkpoint.load(path, resume=self.command == "fit")
+        self.checkpoint = checkpoint.load_ours(path, resume=self.command == "fit")
         if self.command == "fit":
             self.folder = runs.folder_of(path)
             if self.folder:
@@ -205,7 +205,7 @@ class CLI(LightningCLI):
             self.model.load_state_dict(self.checkpoint["state_dict"])
         except RuntimeError as error:
             what = str(error).splitlines()[1].strip()[:150]
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"Checkpoint {str(self.path)!r} holds another net than model.variant={self.config.model.variant}: {what}\n"
                 "Leave the --model options out, or give another file with --ckpt_path"
             ) from error

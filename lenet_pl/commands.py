@@ -228,11 +228,15 @@ _UNASKED = (
 )
 
 
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip("\n").startswith(_UNASKED)
+
+
 def quiet() -> None:
     """Silences what nobody asked for; callbacks, profilers and tuners are heard."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            handler.addFilter(lambda record: not record.getMessage().lstrip("\n").startswith(_UNASKED))
+            handler.addFilter(_is_asked_for)
     for message in (
         ".*LeafSpec.* is deprecated",  # in Lightning's own code
         "Checkpoint directory .* is not empty",  # when a run goes on

@@ -13,6 +13,10 @@ class UsageError(ValueError):
     """The command, a flag, a value or a file that was given is wrong: the process exits with 2."""
 
 
+class CheckpointError(UsageError):
+    """A checkpoint is missing or unfit for use; the text gives name, cause and remedy in at most three lines."""
+
+
 def shorten(text: str, length: int = 300) -> str:
     """Brings a message onto one line of at most ``length`` characters."""
     text = " ".join(text.split())

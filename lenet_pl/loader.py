@@ -99,7 +99,8 @@ class TrainLoader:
         self.seed, self.flip, self.most, self.shuffle = seed, flip, most, shuffle
         self.rank, self.world = rank, world
         self.epoch = 0
-        self.sampler = self  # Lightning calls ``sampler.set_epoch`` before each epoch, as torch's convention has it
+        if shuffle:
+            self.sampler = self  # Lightning calls ``sampler.set_epoch`` before each epoch, as torch's convention has it
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, counted from 0, that the next iteration gives."""

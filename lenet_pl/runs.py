@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lenet_pl.atomic import write_atomic
-from lenet_pl.errors import UsageError
+from lenet_pl.errors import CheckpointError
 
 CONFIG = "config.yaml"  # every setting of the run
 RESULTS = "results.csv"  # a row an epoch
@@ -49,7 +49,7 @@ def version(folder: Path) -> int:
 def all_runs(root: Path, name: str | None = None) -> list[Path]:
     """Returns the run folders below ``root``, the newest first.
 
-    A run is as new as its settings or its last checkpoint, whichever was written later.
+    A run is as new as the newest of its settings and checkpoints.
 
     Args:
         root: The folder ``runs``.
@@ -57,7 +57,7 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
     """
     found = []
     for folder in root.glob(f"{glob.escape(name) if name else '*'}/version_*"):
-        written = [path.stat().st_mtime_ns for path in (folder / CONFIG, folder / LAST) if path.is_file()]
+        written = [path.stat().st_mtime_ns for path in map(folder.joinpath, (CONFIG, BEST, LAST)) if path.is_file()]
         if written and version(folder) >= 0:
             found.append((max(written), version(folder), folder))
     return [folder for *_, folder in sorted(found, reverse=True)]
@@ -76,7 +76,7 @@ def scored_checkpoint(folder: Path) -> Path | None:
     return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
 
 
-def find(word: str, root: Path, name: str | None = None) -> Path:
+def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -> Path:
     """Returns the file that ``--ckpt_path`` means; does not open it.
 
     Args:
@@ -85,9 +85,10 @@ def find(word: str, root: Path, name: str | None = None) -> Path:
         name: The name of the run that ``best`` and ``last`` mean; the newest of all runs by default.
 
     Raises:
-        UsageError: If there is no such file, or ``word`` is a URL; the message lists what there is.
+        CheckpointError: If there is no such file, or ``word`` is a URL; the message lists what there is.
     """
     refuse_url(word)
+    word = str(word)
     path, kind = Path(word).expanduser(), word.removesuffix(".ckpt")
     try:
         if path.is_file():
@@ -97,7 +98,7 @@ def find(word: str, root: Path, name: str | None = None) -> Path:
         runs = all_runs(root, name)
         around = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt"), *path.parent.glob("*.ckpt")]
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UsageError(f"Checkpoint {word!r} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise CheckpointError(f"Checkpoint {word!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     of_name = f" of the name {name!r}" if name else ""
     problem = f"Checkpoint {word!r} does not exist or is no file"
     if kind in ("best", "last"):
@@ -108,7 +109,7 @@ def find(word: str, root: Path, name: str | None = None) -> Path:
         if runs:
             problem = f"Checkpoint {word!r} does not exist: the newest run{of_name}, {runs[0]}, has finished no epoch"
     known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
-    raise UsageError(f"{problem}.\n{_advice(word, known)}")
+    raise CheckpointError(f"{problem}.\n{_advice(word, known)}")
 
 
 def _existing(path: Path) -> Path | None:
@@ -124,9 +125,9 @@ def _advice(word: str, known: Iterable[Path]) -> str:
 
 
 def refuse_url(path: str | Path) -> None:
-    """Raises UsageError if ``path`` is a URL: nothing is downloaded, for a checkpoint could come from anywhere."""
+    """Raises CheckpointError if ``path`` is a URL: nothing is downloaded, for a checkpoint could come from anywhere."""
     if re.match(r"[A-Za-z][\w+.:-]+:/|.*://", str(path)):  # Path("http://x") is "http:/x"
-        raise UsageError(f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read")
+        raise CheckpointError(f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read")
 
 
 def read_results(folder: Path) -> list[dict[str, str]]:

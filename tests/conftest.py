@@ -112,7 +112,7 @@ def spawn(workdir, tiny):
 def quick_end_of_fit(request, monkeypatch):
     """Leaves the report at the end of a fit to the tests that are marked for it: it takes longer than a tiny fit."""
     if "report" not in request.keywords:
-        monkeypatch.setattr("lenet_pl.cli.CLI.report", lambda *args: None)
+        monkeypatch.setattr("lenet_pl.commands.report", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

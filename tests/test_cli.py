@@ -73,18 +73,6 @@ def test_explicit_flags_win_over_the_checkpoint(cli):
     assert json.loads((RUN / "test.json").read_text())["test_loss"] != before["test_loss"]
 
 
-def test_test_time_augmentation_leaves_the_headline_alone(cli):
-    cli("fit", *TINY)
-    before = (RUN / "test.json").read_text()
-    code, out, err = cli("test", "--ckpt_path", "best", "--model.tta", "flip")
-    assert code == 0, err
-    assert "model.tta=flip; see test_tta_flip.json" in out
-    assert (RUN / "test.json").read_text() == before
-    result = json.loads((RUN / "test_tta_flip.json").read_text())
-    assert result["n"] == TEST
-    assert result["test_loss"] != json.loads(before)["test_loss"]
-
-
 def test_a_checkpoint_outside_a_run_folder_gets_its_test_json_beside_it(cli, workdir):
     cli("fit", *TINY)
     (workdir / "elsewhere").mkdir()

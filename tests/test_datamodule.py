@@ -7,7 +7,9 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from lenet_pl import FashionMNISTDataModule
-from lenet_pl.loader import normalise, shift
+from lenet_pl.blocks import Block
+from lenet_pl.errors import UsageError
+from lenet_pl.loader import EvalLoader, normalise, shift
 
 TRAIN, TEST = 330, 53
 
@@ -30,7 +32,6 @@ def data(workdir):
     module.prepare_data()
     module.setup("fit")
     module.setup("test")
-    module.block = 1
     return module
 
 
@@ -68,16 +69,17 @@ def test_the_first_images_are_those_that_training_starts_with(data):
 
 
 def test_the_last_smaller_batch_is_used(data):
-    sizes = [len(labels) for _, labels in data.train_dataloader()]
-    assert sizes == [8] * 33 + [6]
-    assert data.steps_per_epoch == 34
+    loader = data.train_dataloader()
+    assert [len(labels) for _, labels in loader] == [8] * 33 + [6]
+    assert loader.steps == 34
 
 
 def test_blocks_hold_the_same_mini_batches(data):
     single = list(data.train_dataloader())
-    data.block = 7
     loader = data.train_dataloader()
+    loader.block = 7
     blocks = list(loader)
+    assert all(isinstance(block, Block) for block in blocks)
     assert [len(b) for b in blocks] == [7, 7, 7, 7, 6]
     assert len(loader) == 5
     for (x, y), (other_x, other_y) in zip(single, [m for block in blocks for m in block], strict=True):
@@ -134,8 +136,7 @@ def test_processes_share_the_epoch(data, world):
 def test_every_test_image_is_counted_once_over_all_processes(data, world):
     seen = []
     for rank in range(world):
-        loader = data.test_dataloader()
-        loader.rank, loader.world = rank, world
+        loader = EvalLoader(*data.test_set, data.mean, data.std, rank, world)
         seen.append(gather(loader)[0])
         assert len(seen[-1]) == len(range(rank, TEST, world))
     seen = torch.cat(seen).flatten(1)
@@ -199,7 +200,7 @@ def test_fitting_does_not_read_the_test_images(data, monkeypatch):
 )
 def test_refuses_by_name_and_value(arguments):
     ((name, value),) = arguments.items()
-    with pytest.raises(ValueError, match=f"data.{name}={value}: expected"):
+    with pytest.raises(UsageError, match=f"data.{name}={value}: expected"):
         FashionMNISTDataModule(**arguments)
 
 

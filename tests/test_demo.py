@@ -37,7 +37,7 @@ def place(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     (folder / "tmp").mkdir()
     with inside(folder, tiny) as patch:
-        patch.setattr("lenet_pl.cli.CLI.report", lambda *args: None)
+        patch.setattr("lenet_pl.commands.report", lambda *args: None)
         yield folder
 
 

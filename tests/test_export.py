@@ -26,7 +26,7 @@ def trained(tiny, tmp_path_factory):
     """A checkpoint of two epochs."""
     folder = tmp_path_factory.mktemp("trained")
     with inside(folder, tiny) as patch:
-        patch.setattr("lenet_pl.cli.CLI.report", lambda *args: None)
+        patch.setattr("lenet_pl.commands.report", lambda *args: None)
         options = ("--model.lr", 0.0005, "--model.dropout", 0.1, "--trainer.max_epochs", 2)
         assert main(["fit", *map(str, (*TINY, *options))]) == 0
     return folder / BEST

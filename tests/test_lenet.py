@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lenet_pl import LeNet5, LitLeNet
+from lenet_pl import LeNet5
 
 
 @pytest.mark.parametrize(("variant", "parameters"), [("article", 107_786), ("classic", 61_706)])
@@ -60,10 +60,3 @@ def test_orthogonal_weights():
         else:
             rows = parameter.flatten(1)  # never more rows than columns
             torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), atol=1e-5, rtol=0)
-
-
-def test_flip_averages_the_logits_of_both_mirrorings():
-    model, images = LitLeNet(tta="flip").eval(), torch.randn(4, 1, 28, 28)
-    expected = (model.net(images) + model.net(images.flip(-1))) / 2
-    assert torch.equal(model(images), expected)
-    assert torch.equal(model.train()(images), model.net(images))
