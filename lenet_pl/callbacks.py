@@ -65,8 +65,8 @@ class RunFolder(Callback):
             state = states.get(callback.state_key)
             if not isinstance(state, dict):
                 continue
-            for name in inspect.signature(type(callback)).parameters:
-                if name in state and hasattr(callback, name):
+            for name in _arguments(type(callback)) & state.keys():
+                if hasattr(callback, name):
                     state[name] = getattr(callback, name)
             if state.get("best_model_path"):
                 best = Path(state["dirpath"]) / Path(state["best_model_path"]).name
@@ -80,6 +80,9 @@ class RunFolder(Callback):
             write_atomic(self.path / runs.CONFIG, self.config.encode())
             (self.path / runs.FINISHED).unlink(missing_ok=True)
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.repeat_last_epoch()
             kept = [row for row in runs.read_results(self.path) if int(row["epoch"]) <= finished]
             runs.write_results(self.path, kept)
 
@@ -126,6 +129,14 @@ class RunFolder(Callback):
             write_atomic(self.path / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
             if reason:
                 print(f"The training ended after epoch {done}: {reason}")
+
+
+def _arguments(kind: type) -> set[str]:
+    """Returns the names of the arguments that a class and its parents take."""
+    names: set[str] = set()
+    for parent in kind.__mro__[:-1]:
+        names |= set(inspect.signature(parent).parameters)
+    return names
 
 
 def _reason(trainer: Trainer) -> str | None:

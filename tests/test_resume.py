@@ -1,4 +1,4 @@
-"""A run that is killed or stopped anywhere, and goes on, ends as one that was not: bit by bit."""
+"""A run that is killed or stopped anywhere goes on from its last finished epoch and ends as one that was not, bit by bit."""
 
 import csv
 import json
@@ -18,7 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lenet_pl.__main__ import main
-from lenet_pl.callbacks import BestCheckpoint, GracefulStop, RunFolder
+from lenet_pl import runs
+from lenet_pl.callbacks import BestCheckpoint, RunFolder
 from lenet_pl.module import LitLeNet
 
 # Python 3.12 warns of any fork where threads may live; the child here starts none before it is on its own.
@@ -67,7 +68,7 @@ def outcome(run):
     """Everything that has to be the same: weights, optimizer, scheduler, counts, and all rows but seconds."""
     states = {p.name: torch.load(p, weights_only=True) for p in (run / "checkpoints").iterdir()}
     rows = [row | {"seconds": ""} for row in csv.DictReader((run / "results.csv").read_text().splitlines())]
-    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    keys = ("state_dict", "optimizer_states", "global_step", "epoch", "seed")
     return {name: {k: state[k] for k in keys} for name, state in states.items()}, rows, (run / "test.json").read_text()
 
 
@@ -75,7 +76,8 @@ def outcome(run):
 def undisturbed(tiny, tmp_path_factory):
     """The outcome of a run that nobody disturbed; its block size does not matter, as test_training.py shows."""
     folder, before = tmp_path_factory.mktemp("whole"), Path.cwd()
-    with inside(folder, tiny):
+    with inside(folder, tiny) as patch:
+        patch.setattr("lenet_pl.commands.report", lambda *args: None)
         torch.set_num_threads(1)
         assert main(["fit", *RICH]) == 0
         result = outcome(RUN)
@@ -85,26 +87,24 @@ def undisturbed(tiny, tmp_path_factory):
 
 def go_on(cli):
     """Resumes the run, or starts it anew where it left no checkpoint; returns its folder."""
-    if LAST.exists():
-        code, _, err = cli("fit", "--ckpt_path", "last")
-        assert code == 0, err
-        return RUN
-    shutil.rmtree("runs", ignore_errors=True)
-    assert cli("fit", *RICH, "--data.steps_per_execution", 4)[0] == 0
+    code, _, err = cli("fit", *RICH, "--ckpt_path", "auto")
+    assert code == 0, err
+    assert [folder.name for folder in RUN.parent.iterdir()] == ["version_0"]
     return RUN
 
 
 # Where a kill can hit, and how often a run passes there
 MOMENTS = {
-    "in a block": (LitLeNet, "_forward", EPOCHS * STEPS),
+    "in a block": (LitLeNet, "_logits_and_loss", EPOCHS * STEPS),
     "in validation": (LitLeNet, "validation_step", EPOCHS),
     "in a write": (os, "fsync", 20),  # results.csv, best.ckpt, last.ckpt, and their folders
-    "before results.csv": (RunFolder, "_write", EPOCHS),
+    "before results.csv": (runs, "write_results", EPOCHS),
     "before best.ckpt": (BestCheckpoint, "on_train_epoch_end", EPOCHS),
     "before a rename": (Path, "replace", 10),
-    "between epochs": (GracefulStop, "on_train_epoch_start", EPOCHS),
+    "between epochs": (RunFolder, "on_train_epoch_start", EPOCHS),
     "after the last block of an epoch": (LitLeNet, "on_validation_model_zero_grad", EPOCHS),
     "before the events": (TensorBoardLogger, "log_metrics", 2 * EPOCHS),  # of validation, and after last.ckpt
+    "before the end of the training": (RunFolder, "on_train_end", 1),
     "in the test": (LitLeNet, "test_step", 1),
 }
 
@@ -115,75 +115,87 @@ def kills(n, seed):
     return [(name, draw.randint(1, MOMENTS[name][2]), draw.choice([1, 4, 50])) for name in names]
 
 
-def check_kill(cli, undisturbed, name, nth, k):
+def check(cli, undisturbed, name, nth, k, signum=signal.SIGKILL, code=-signal.SIGKILL):
     target, attribute, _ = MOMENTS[name]
     args = ["fit", *RICH, "--data.steps_per_execution", str(k)]
-    code, err = interrupted(args, target, attribute, nth, signal.SIGKILL)
-    assert code == -signal.SIGKILL, err
+    left, err = interrupted(args, target, attribute, nth, signum)
+    assert left == code, err
     assert same(outcome(go_on(cli)), undisturbed)
+    return err
 
 
 @pytest.mark.parametrize(("name", "nth", "k"), kills(3, seed=3))
 def test_kill_minus_nine(cli, undisturbed, name, nth, k):
-    check_kill(cli, undisturbed, name, nth, k)
+    check(cli, undisturbed, name, nth, k)
 
 
 @long
 @pytest.mark.parametrize(("name", "nth", "k"), kills(20, seed=2))
 def test_kill_minus_nine_at_twenty_moments(cli, undisturbed, name, nth, k):
-    check_kill(cli, undisturbed, name, nth, k)
+    check(cli, undisturbed, name, nth, k)
 
 
 def test_one_run_interrupted_again_and_again(cli, undisturbed):
-    args = ["fit", *RICH, "--data.steps_per_execution", "4"]
+    args = ["fit", *RICH, "--data.steps_per_execution", "4", "--ckpt_path", "auto"]
     for name, nth, signum in (
         ("in a block", 5, signal.SIGTERM),
+        ("in a block", 39, signal.SIGTERM),
         ("in a block", 9, signal.SIGTERM),  # the same epoch once more
-        ("before results.csv", 2, signal.SIGKILL),  # the first call drops superseded rows
+        ("before results.csv", 2, signal.SIGKILL),  # the first call drops rows of later epochs
         ("in a block", 30, signal.SIGTERM),
         ("in a write", 4, signal.SIGKILL),
         ("in the test", 1, signal.SIGTERM),
     ):
         code, err = interrupted(args, *MOMENTS[name][:2], nth, signum)
         assert code == (143 if signum == signal.SIGTERM else -signum), err
-        args = ["fit", "--ckpt_path", "last"]
     assert same(outcome(go_on(cli)), undisturbed)
 
 
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]
+
+
 @pytest.mark.parametrize(
-    ("name", "nth", "k", "step"),
+    ("name", "nth", "k", "epochs"),
     [
-        ("in a block", 40, 4, 42),  # the block of steps 39 to 42 is finished
-        ("in a block", 40, 1, 40),
-        ("in a block", 34, 4, 34),  # in the epoch's last block: validation and checkpoints still happen
-        pytest.param("in a block", 102, 4, 102, marks=long),  # the very last
-        pytest.param("in a block", 3, 4, 4, marks=long),  # there is no best.ckpt yet
-        pytest.param("in validation", 1, 4, 34, marks=long),
-        pytest.param("between epochs", 2, 50, 34, marks=long),
+        ("in a block", 40, 4, 1),
+        ("in validation", 1, 4, 0),
+        *(pytest.param(*kill, None, marks=long) for kill in kills(20, seed=4)),
     ],
 )
-@pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, *(pytest.param(s, marks=long) for s in (signal.SIGINT, signal.SIGUSR1))]
-)
-def test_a_signal_stops_in_good_order(cli, undisturbed, monkeypatch, signum, name, nth, k, step):
-    monkeypatch.setenv("SLURM_JOB_ID", "1") if signum == signal.SIGUSR1 else None
-    args = ["fit", *RICH, "--data.steps_per_execution", str(k)]
-    code, err = interrupted(args, *MOMENTS[name][:2], nth, signum)
-    assert code == (130 if signum == signal.SIGINT else 143), err
-    assert err.splitlines()[-1].endswith(f"go on with: python -m lenet_pl fit --ckpt_path {LAST.resolve()}")
-    assert torch.load(LAST, weights_only=True)["global_step"] == step
+@pytest.mark.parametrize(("signum", "code"), SIGNALS)
+def test_a_signal_stops_at_once_and_says_how_to_go_on(
+    cli, undisturbed, monkeypatch, signum, code, name, nth, k, epochs
+):
+    if signum == signal.SIGUSR1:
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+    target, attribute, _ = MOMENTS[name]
+    left, err = interrupted(
+        ["fit", *RICH, "--data.steps_per_execution", str(k)], target, attribute, nth, signum
+    )
+    assert left == code, err
+    (line,) = err.splitlines()
+    assert line.startswith(f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}")
+    if LAST.exists():
+        assert line.endswith(f"; go on with: python -m lenet_pl fit --ckpt_path {LAST}")
+        state = torch.load(LAST, weights_only=True)
+        assert state["global_step"] == STEPS * (state["epoch"] + 1)  # always that of a finished epoch
+    else:
+        assert line.endswith("start the run again")
+    if epochs is not None:
+        assert LAST.exists() == bool(epochs)
+        assert not epochs or state["epoch"] + 1 == epochs
     assert same(outcome(go_on(cli)), undisturbed)
 
 
-def test_a_second_signal_stops_at_once(workdir):
-    code, err = interrupted(["fit", *RICH], LitLeNet, "_forward", 3, signal.SIGTERM, signal.SIGTERM)
-    assert code == -signal.SIGTERM, err
+def test_a_second_signal_ends_without_a_word(workdir):
+    code, err = interrupted(["fit", *RICH], LitLeNet, "_logits_and_loss", 3, signal.SIGTERM, signal.SIGTERM)
+    assert (code, err) in ((-signal.SIGTERM, ""), (143, err))
     assert not LAST.exists()
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(workdir):
-    code, err = interrupted(["fit", *RICH], GracefulStop, "on_train_epoch_start", 1, signal.SIGTERM)
-    assert (code, err) == (143, "stopped by SIGTERM\n")
+    code, err = interrupted(["fit", *RICH], RunFolder, "on_train_epoch_start", 1, signal.SIGTERM)
+    assert (code, err.startswith("stopped by SIGTERM")) == (143, True)
     assert not RUN.exists()
 
 
@@ -205,35 +217,72 @@ def test_other_ways_through_an_epoch(cli, flags, name, nth, signum):
     args = ["fit", *RICH, *flags]
     assert cli(*args, "--name", "whole")[0] == 0
     interrupted(args, *MOMENTS[name][:2], nth, signum)
-    whole, resumed = outcome(Path("runs/whole/version_0")), outcome(go_on(cli))
+    code, _, err = cli(*args, "--ckpt_path", "auto")
+    assert code == 0, err
+    whole, resumed = outcome(Path("runs/whole/version_0")), outcome(RUN)
     assert same(whole[:2], resumed[:2])
 
 
-@pytest.mark.parametrize("steps", [10, pytest.param(34, marks=long), pytest.param(40, marks=long)])
-def test_more_steps_for_a_run_that_max_steps_ended(cli, steps):
-    """The epoch that it cut short goes on where it was."""
-    for flags in (
-        ("--name", "whole", "--trainer.max_steps", 80),
-        ("--trainer.max_steps", steps),
-        ("--ckpt_path", RUN / "checkpoints/last.ckpt", "--trainer.max_steps", 80),
-    ):
-        code, _, err = cli("fit", *SMALL, "--model.dropout", 0.2, *flags)
-        assert code == 0, err
-    assert same(outcome(Path("runs/whole/version_0"))[:2], outcome(RUN)[:2])
+def test_more_steps_for_a_run_that_max_steps_ended(cli):
+    """At the end of an epoch it goes on; within one it is refused, for no checkpoint is of a part of an epoch."""
+    assert cli("fit", *RICH, "--trainer.max_steps", 80, "--name", "whole")[0] == 0
+    assert cli("fit", *RICH, "--trainer.max_steps", STEPS)[0] == 0
+    code, _, err = cli("fit", "--ckpt_path", LAST, "--trainer.max_steps", 80, "--model.schedule", "one_cycle")
+    assert code == 0, err
+    steps = [row["step"] for row in csv.DictReader((RUN / "results.csv").read_text().splitlines())]
+    assert steps == ["34", "68", "80"]
+    code, _, err = cli("fit", "--ckpt_path", LAST, "--trainer.max_steps", 90)
+    assert code == 2
+    assert "was written within an epoch" in err
 
 
-@pytest.mark.parametrize("mistake", ["the order of a wrong epoch", pytest.param("another seed", marks=long)])
-def test_the_comparison_can_fail(cli, undisturbed, monkeypatch, mistake):
-    """Negative control: a run that forgets where it was, or what its seed was, is noticed."""
-    interrupted(["fit", *RICH], GracefulStop, "on_train_epoch_start", 2, signal.SIGKILL)
-    if mistake == "another seed":
-        assert cli("fit", "--ckpt_path", "last", "--seed_everything", 1)[0] == 0
-    else:
-        monkeypatch.setattr("lenet_pl.loader.Loader.set_epoch", lambda self, epoch: None)
-        go_on(cli)
-    states, rows, _ = outcome(RUN)
-    assert not same(states["last.ckpt"]["state_dict"], undisturbed[0]["last.ckpt"]["state_dict"])
-    assert not same(rows, undisturbed[1])
+@pytest.mark.parametrize(("k", "size"), [(1, 8), (50, 8), (7, 16)])
+def test_blocks_and_batch_size_may_change_between_a_stop_and_a_resume(cli, k, size):
+    """A stop has no influence: the changed run is that of a run that went on with the change by itself."""
+    first = ["fit", *SMALL, "--data.steps_per_execution", "50" if k == 1 else "1"]
+    code, err = interrupted(first, *MOMENTS["in a block"][:2], STEPS + 3, signal.SIGTERM)
+    assert code == 143, err
+    changed = ("--data.steps_per_execution", k, "--data.batch_size", size)
+    assert cli("fit", "--ckpt_path", "last", *changed)[0] == 0
+    assert cli("fit", *SMALL, "--trainer.max_epochs", 1, "--name", "whole")[0] == 0
+    more = ("--data.batch_size", size, "--trainer.max_epochs", EPOCHS)
+    assert cli("fit", "--ckpt_path", "runs/whole/version_0/checkpoints/last.ckpt", *more)[0] == 0
+    assert same(outcome(RUN)[:2], outcome(Path("runs/whole/version_0"))[:2])
+    steps = [int(row["step"]) for row in csv.DictReader((RUN / "results.csv").read_text().splitlines())]
+    assert steps == [STEPS, STEPS + -(-270 // size), STEPS + 2 * -(-270 // size)]
+
+
+def test_auto_gives_one_finished_run_however_often_it_is_called(cli, undisturbed):
+    command = ("fit", *RICH, "--ckpt_path", "auto")
+    interrupted(list(command), *MOMENTS["in a block"][:2], 50, signal.SIGKILL)
+    code, out, err = cli(*command)
+    assert (code, err) == (0, "")
+    assert same(outcome(RUN), undisturbed)
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    for _ in range(2):
+        code, out, err = cli(*command)
+        assert (code, err) == (0, "")
+        assert f"{RUN} is finished" in out
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+    code, _, err = cli(*command, "--model.lr", 0.5)
+    assert code == 2
+    assert "model.lr: 0.01 before, 0.5 now" in err
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+    assert cli(*command, "--trainer.max_epochs", EPOCHS + 1)[0] == 0  # longer: the run goes on
+    assert len((RUN / "results.csv").read_text().splitlines()) == EPOCHS + 2
+
+
+def test_auto_knows_a_run_that_early_stopping_ended(cli):
+    stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc", "--trainer.callbacks.patience=1")
+    command = ("fit", *SMALL, "--trainer.max_epochs", 30, *stop, "--test", "false", "--ckpt_path", "auto")
+    assert cli(*command)[0] == 0
+    rows = (RUN / "results.csv").read_text()
+    assert 2 < len(rows.splitlines()) < 30
+    code, out, _ = cli(*command)
+    assert code == 0
+    assert "is finished: EarlyStopping" in out
+    assert (RUN / "results.csv").read_text() == rows
+    assert not (RUN / "test.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -259,7 +308,7 @@ def test_tensorboard_has_no_gap_and_no_double_point(cli, name, nth, signum):
 
 
 def test_the_best_score_survives_a_move_of_the_run_folder(cli, undisturbed):
-    interrupted(["fit", *RICH], GracefulStop, "on_train_epoch_start", 3, signal.SIGKILL)
+    interrupted(["fit", *RICH], RunFolder, "on_train_epoch_start", 3, signal.SIGKILL)
     moved = RUN.parent.with_name("moved") / "version_7"
     moved.parent.mkdir()
     RUN.rename(moved)
@@ -267,18 +316,6 @@ def test_the_best_score_survives_a_move_of_the_run_folder(cli, undisturbed):
     assert (code, err) == (0, "")
     assert same(outcome(moved)[:2], undisturbed[:2])  # test.json names the folder
     assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-
-
-def test_a_damaged_last_falls_back_to_the_newest_sound_checkpoint(cli, undisturbed):
-    interrupted(["fit", *RICH], GracefulStop, "on_train_epoch_start", 3, signal.SIGKILL)
-    data = bytearray(LAST.read_bytes())
-    data[len(data) // 2] ^= 1
-    LAST.write_bytes(data)
-    code, _, err = cli("fit", "--ckpt_path", "last")
-    assert code == 0
-    assert "last.ckpt" in err
-    assert "best.ckpt" in err
-    assert same(outcome(RUN), undisturbed)
 
 
 def test_the_best_checkpoint_is_found_anew_where_it_is_missing(cli):
@@ -310,14 +347,3 @@ def test_a_full_disk_keeps_the_previous_checkpoint(cli, undisturbed, file):
     assert f"{file}: No space left" in err
     assert LAST.read_bytes() == before != b""
     assert same(outcome(go_on(cli)), undisturbed)
-
-
-def test_the_order_of_the_images_may_not_change_in_mid_epoch(cli):
-    interrupted(["fit", *RICH, "--data.steps_per_execution", "4"], LitLeNet, "_forward", 40, signal.SIGTERM)
-    before = {p: p.read_bytes() for p in RUN.rglob("*.*") if "tfevents" not in p.name}
-    for name, old, new in (("steps_per_execution", 4, 5), ("batch_size", 8, 4), ("val_size", 60, 30)):
-        code, _, err = cli("fit", "--ckpt_path", "last", f"--data.{name}", new)
-        assert code == 2
-        assert f"data.{name}={new}: " in err
-        assert err.endswith(f"--data.{name} {old}\n")
-    assert {p: p.read_bytes() for p in before} == before
