@@ -36,7 +36,7 @@ COMMON = (
     "--data.val_size --data.flip --data.shift"
 ).split()
 # Settings that change what the numbers in a checkpoint mean: a run cannot go on with others.
-FIXED = {"model": ("variant",), "data": ("mean", "std", "val_size", "split_seed")}
+FIXED = {"model": ("variant",), "data": ("val_size", "split_seed", "mean", "std")}
 # More threads gain nothing for this net at its batch sizes.
 MOST_THREADS = 4
 

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -38,7 +37,7 @@ def fit(cli: CLI) -> None:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
         finally:
             if folder and folder.is_new and not cli.trainer.global_step:  # the training never started
-                shutil.rmtree(folder.path, ignore_errors=True)
+                runs.remove(folder.path)
     if folder is None or not cli.trainer.checkpoint_callbacks:
         return
     path = runs.scored_checkpoint(folder.path)

@@ -82,8 +82,11 @@ def _find(name: str) -> Path:
     recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
     if path.parent == Path() and recipe.is_file():
         return recipe
-    known = {found.name: found for folder in (path.parent, RECIPES) for found in folder.glob("*.yaml")}
+    recipes = sorted(found.stem for found in RECIPES.glob("*.yaml"))
+    known = {f"{recipe}.yaml": f"{recipe}.yaml" for recipe in recipes}
+    known |= {found.name: str(found) for found in path.parent.glob("*.yaml")}
     alike = difflib.get_close_matches(path.name, known, 1)
-    recipes = ", ".join(sorted(found.stem for found in RECIPES.glob("*.yaml")))
-    hint = f"did you mean {known[alike[0]]}?" if alike else f"expected a file or one of the recipes {recipes}"
+    hint = f"expected a file or one of the recipes {', '.join(recipes)}"
+    if alike:
+        hint = f"did you mean {known[alike[0]]}?"
     raise UsageError(f"config file {name} does not exist; {hint}")

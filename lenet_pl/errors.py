@@ -9,6 +9,14 @@ import traceback
 from collections.abc import Iterable
 
 
+# What jsonargparse says it expected, and plain words for it.
+_EXPECTED = re.compile(
+    r"Expected an? (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]|(dot import path))|(a subclass of \w+)"
+)
+_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_TYPES |= {"list": "a list", "Iterable": "a list", "dot import path": "a class such as package.module.Class"}
+
+
 class UsageError(ValueError):
     """The command, a flag, a value or a file that was given is wrong: the process exits with 2."""
 
@@ -52,25 +60,17 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
         alike = nearest(name.lstrip("-"), options)
         hint = f"; did you mean {dashes}{alike}?" if alike else ""
         return f"unknown option {name}{hint}{remedy}"
-    inside = re.search(r"Parser key \"([\w.]+)\".*Problem with given class_path '(\S+)': (.+?)(?: - .*|$)", flat)
+    key = re.search(r'Parser key "([\w.]+)"', flat)
+    if not key:
+        return shorten(flat) + remedy
+    inside = re.search(r"Problem with given class_path '(\S+)': (.+?)(?: - .*|$)", flat)
     if inside:
-        return f"{inside[1]}={inside[2]}: {shorten(inside[3])}{remedy}"
-    for pattern, replacement in (
-        (r"(?:- )?Expected a path but .*? either not accessible or invalid", ""),
-        (r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ", ""),
-        (r"Given value type: <.*?> ", ""),
-        (r"<class '(?:[\w]+\.)*(\w+)'>", r"\1"),
-        (r"typing\.Literal\[(.*?)\]", r"one of \1"),
-        (r"Parser key \"([\w.]+)\":", r"\1:"),
-    ):
-        flat = re.sub(pattern, replacement, flat)
-    value = re.search(r"(?:Given value|Got value): (.*?)$", flat)
-    key = re.match(r"([\w.]+): ", flat)
-    if key and value:
-        flat = flat[: value.start()].rstrip(" .")
-        flat = flat.replace(f"{key[1]}: ", f"{key[1]}={shorten(value[1], 80)}: ", 1)
-    flat = re.sub(r" ?- Expected an? (NoneType)?", " or ", flat).replace("Expected a ", "expected ")
-    return shorten(re.sub(r": +or ", ": expected ", flat)).removesuffix(" or") + remedy
+        return f"{key[1]}={inside[1]}: {shorten(inside[2])}{remedy}"
+    value = re.search(r"(?:Given value:|Got value:|Unable to load config) ?(.*?)(?: - Parser.*)?$", flat)
+    given = f"={shorten(value[1], 80)}" if value else ""
+    kinds = [_TYPES.get(kind, kind) for kind in map("".join, _EXPECTED.findall(flat))]
+    expected = " or ".join(dict.fromkeys(kinds)) or "settings, such as --model.lr 0.001"
+    return f"{key[1]}{given}: expected {expected}{remedy}"
 
 
 def tell(error: BaseException, code: int) -> int:

@@ -3,11 +3,13 @@
 No other file knows these names. It needs neither torch nor Lightning.
 """
 
+import contextlib
 import csv
 import difflib
 import glob
 import io
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,14 @@ def new(parent: Path) -> Path:
             if not folder.exists():
                 raise
             number += 1
+
+
+def remove(folder: Path) -> None:
+    """Deletes a run folder, and the folders above it that are empty then."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in (folder.parent, folder.parent.parent):
+        with contextlib.suppress(OSError):  # it is not empty
+            parent.rmdir()
 
 
 def version(folder: Path) -> int:
