@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
@@ -42,12 +42,11 @@ class Commands(Trainer):
             ckpt_path: A file, or best or last of the newest run.
         """
 
-    def export(self, ckpt_path: str | None = None, format: Literal["onnx", "safetensors", "pt2"] = "onnx") -> None:
-        """Writes the net as a file for other programs, and proves that it classifies like the checkpoint.
+    def export(self, ckpt_path: str | None = None) -> None:
+        """Writes the net as an ONNX file for other programs, and proves that it classifies like the checkpoint.
 
         Args:
             ckpt_path: A file, or best or last of the newest run.
-            format: onnx and pt2 take uint8 images and normalise inside; safetensors holds the weights alone.
         """
 
     def demo(self, ckpt_path: str | None = None, port: int = 7860) -> None:
@@ -271,11 +270,11 @@ class CLI(LightningCLI):
             model.to(self.trainer.strategy.root_device)
             say(f"report: {report.write(Path(ckpt_path), model, datamodule)}")
 
-    def export(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, format: str) -> None:
+    def export(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Writes the net as a file for other programs."""
         from lenet_pl.apps import export
 
-        export.write(Path(ckpt_path), model, datamodule, format, self.config.export.output)
+        export.write(Path(ckpt_path), model, datamodule, self.config.export.output)
 
     def demo(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str, port: int) -> None:
         """Serves the page until Ctrl-C."""

@@ -217,7 +217,7 @@ WRONG_USE = [
         "max_epochs",
     ),
     ("predict --output empty.yaml", "output=empty.yaml", "expected a folder"),
-    ("export --format pt2 --output empty.yaml", "output=empty.yaml", "expected a folder"),
+    ("export --output empty.yaml", "output=empty.yaml", "expected a folder"),
 ]
 
 

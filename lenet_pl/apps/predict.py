@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import rich
 from rich.table import Column, Table
 from rich.text import Text
@@ -112,4 +113,4 @@ def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.
         return plots.Row(title, None, None, prediction.top)
     seen = pictures.to_uint8(picture, data.preprocess)[0].numpy()
     picture.thumbnail((200, 200))
-    return plots.Row(title, picture.convert("RGBA"), seen, prediction.top)
+    return plots.Row(title, np.asarray(picture.convert("RGBA")), seen, prediction.top)
