@@ -30,6 +30,7 @@ from lenet_pl.errors import UsageError, check, check_file, explain, fail, quiet,
 from lenet_pl.module import LitLeNet
 
 say = rank_zero_only(print)
+TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
 
 
 class Commands(Trainer):
@@ -70,7 +71,7 @@ class CLI(LightningCLI):
             FashionMNISTDataModule,
             trainer_class=Commands,
             save_config_callback=None,  # RunFolder writes it
-            trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={**strict, "prog": "lenet-pl", **dict.fromkeys(self.subcommands(), strict)},
             args=args,
@@ -268,7 +269,7 @@ class CLI(LightningCLI):
 
         if self.trainer.is_global_zero:
             model.to(self.trainer.strategy.root_device)
-            say(f"report: {report.write(Path(ckpt_path), model, datamodule)}")
+            say(f"report: {report.write(Path(ckpt_path), model, datamodule, TRAINER_DEFAULTS)}")
 
     def export(self, model: LitLeNet, datamodule: FashionMNISTDataModule, ckpt_path: str) -> None:
         """Writes the net as a file for other programs."""

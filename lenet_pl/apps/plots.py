@@ -103,28 +103,26 @@ def predictions(rows: Sequence[Row]) -> Figure:
 
 
 @_styled
-def samples(images: Sequence[Tensor | None] | Tensor, captions: Sequence[str], columns: int = 5) -> Figure:
-    """Shows images in rows, each above its caption.
+def samples(images: Tensor, captions: Sequence[str]) -> Figure:
+    """Shows images in rows of five, each above its caption.
 
     Args:
-        images: N of ``[1, 28, 28]``, 0 (black) to 255; None leaves a place empty.
+        images: ``[N, 1, 28, 28]``, 0 (black) to 255.
         captions: N texts, all of the same number of lines.
-        columns: Images in a row.
     """
-    lines = 1 + captions[0].count("\n")
-    font, width = (8.5, 7.5) if columns < 8 else (7.5, 9.0)  # points, inches
-    across = 28 + (8 if columns < 8 else 3)  # a cell, in pixels of the images
-    down = 29.5 + lines * font / 72 * 1.35 / (width / columns / across)
+    columns, font, width = 5, 8.5, 7.5  # images, points, inches
+    across = 28 + 8  # a cell with its margin, in pixels of the images
+    caption_height = (1 + captions[0].count("\n")) * font / 72 * 1.35  # inches
+    down = 29.5 + caption_height / (width / columns / across)
     rows = -(-len(captions) // columns)
     figure = Figure(figsize=(width, width * rows * down / (columns * across)))
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_axis_off()
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = i % columns * across + (across - 28) / 2, i // columns * down + 0.5
-        if image is not None:
-            extent = (left, left + 28, top + 28, top)
-            ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
-            ax.text(left + 14, top + 28.7, caption, ha="center", va="top", fontsize=font)
+        extent = (left, left + 28, top + 28, top)
+        ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
+        ax.text(left + 14, top + 28.7, caption, ha="center", va="top", fontsize=font)
     ax.set(xlim=(0, columns * across), ylim=(rows * down, 0))
     return figure
 
@@ -216,31 +214,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> Figure:
 
 
 @_styled
-def filters(weights: Tensor, image: Tensor, responses: Tensor) -> Figure:
-    """Shows the first layer's filters above what each makes of an image; orange is positive, purple negative.
-
-    Args:
-        weights: ``[F, 1, k, k]``.
-        image: ``[1, 28, 28]``.
-        responses: ``[F, h, w]``.
-    """
-    figure = Figure(figsize=(9, 2.9))
-    upper, lower = figure.subplots(2, 1 + len(weights))
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.92, wspace=0.08, hspace=0.2)
-    for ax in (*upper, *lower):
-        ax.set_axis_off()
-    lower[0].imshow(image[0].cpu().numpy(), cmap="gray")
-    lower[0].set_title("an image")
-    for title, axes, maps in (("filter", upper, weights[:, 0]), ("response", lower, responses)):
-        for i, values in enumerate(maps.cpu().numpy(), start=1):
-            most = np.abs(values).max()
-            axes[i].imshow(values, cmap="PuOr_r", vmin=-most, vmax=most)
-            axes[i].set_title(f"{title} {i}")
-    return figure
-
-
-@_styled
-def robustness(panels: Mapping[str, Mapping[str, Mapping[float, float]]]) -> Figure:
+def robustness(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     """Draws accuracy against damage: for each panel its axis label and lines, each a name and y by x."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, len(panels), sharey=True)
