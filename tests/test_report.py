@@ -333,7 +333,7 @@ def figures():
     yield "one_epoch", plots.curves([{"epoch": "1", **row}], 1)
     yield "curves", plots.curves([{"epoch": str(e), **row} for e in range(1, 201)], 200)
     yield "confusion_matrix", plots.confusion_matrix(torch.full((10, 10), 10_000), NAMES)
-    yield "reliability", plots.reliability(confidence, confidence > 0.5)
+    yield "reliability", plots.reliability(confidence, confidence > 0.5, 15)
     yield "robustness", plots.robustness(dict.fromkeys("abc", lines))
 
 

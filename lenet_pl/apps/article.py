@@ -20,31 +20,18 @@ FIRST_WEIGHTS = "Glorot uniform, biases zero"
 
 
 class Run(NamedTuple):
-    """What is known about a training.
+    """What is known about a training."""
 
-    Attributes:
-        epoch: The checkpoint's epoch, 1 for the first.
-        seed: The training seed.
-        steps: Optimizer steps up to the checkpoint.
-        epsilon: Adam's ε.
-        train_images: Number of images trained on.
-        parameters: Number of the net's parameters.
-        model: The settings of ``LitLeNet``.
-        data: The settings of ``FashionMNISTDataModule``.
-        trainer: The Trainer's settings, from config.yaml; empty if there is none.
-        results: The rows of results.csv; empty if there is none.
-    """
-
-    epoch: int
+    epoch: int  # of the checkpoint, 1 for the first
     seed: int
-    steps: int
-    epsilon: float
-    train_images: int
-    parameters: int
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    trainer: Mapping[str, Any]
-    results: Sequence[Mapping[str, str]]
+    steps: int  # optimizer steps up to the checkpoint
+    epsilon: float  # Adam's ε
+    train_images: int  # number of images trained on
+    parameters: int  # number of the net's parameters
+    model: Mapping[str, Any]  # settings of LitLeNet
+    data: Mapping[str, Any]  # settings of FashionMNISTDataModule
+    trainer: Mapping[str, Any]  # settings of the Trainer; empty without a config.yaml
+    results: Sequence[Mapping[str, str]]  # rows of results.csv; empty without one
 
 
 class Row(NamedTuple):

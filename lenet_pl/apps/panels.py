@@ -15,19 +15,12 @@ DAMAGED = 500  # test images of which damaged copies are classified
 
 
 class Panel(NamedTuple):
-    """One picture of the report.
-
-    Attributes:
-        title: The heading above it.
-        caption: What it shows, in whole sentences, or why it is left out.
-        alt: What a screen reader says in place of the picture.
-        figure: The picture, or None if it is left out.
-    """
+    """One picture of the report with its texts."""
 
     title: str
-    caption: str
-    alt: str = ""
-    figure: Figure | None = None
+    caption: str  # what it shows, or why it is left out
+    alt: str = ""  # what a screen reader says in place of the picture
+    figure: Figure | None = None  # None if it is left out
 
 
 def draw(

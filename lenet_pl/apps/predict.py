@@ -26,17 +26,11 @@ class NothingClassified(RuntimeError):  # noqa: N818 (it is the name of an outco
 
 
 class Prediction(NamedTuple):
-    """The net's answer for one picture.
+    """The net's answer for one picture."""
 
-    Attributes:
-        name: The file's name, or ``test image 0`` and so on.
-        top: The three most probable classes, the most probable first, each with its probability (0 to 1).
-        error: Why the picture could not be read; empty if it could.
-    """
-
-    name: str
-    top: list[tuple[str, float]]
-    error: str
+    name: str  # the file's, or "test image 0" and so on
+    top: list[tuple[str, float]]  # the three most probable classes with their probabilities (0 to 1), in order
+    error: str  # why the picture could not be read; empty if it could
 
 
 def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> None:

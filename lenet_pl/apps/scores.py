@@ -27,22 +27,13 @@ class ClassScore(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The net's scores on ``n`` images; all but the loss are fractions from 0 to 1.
-
-    Attributes:
-        n: Number of images.
-        accuracy: Share of the images that get the class of their label.
-        loss: Mean cross-entropy in nats.
-        calibration_error: Expected calibration error over ``BINS`` equal bins (Naeini, Cooper & Hauskrecht 2015).
-        f1: Mean F1 of the classes.
-        classes: The scores of each class.
-    """
+    """The net's scores on ``n`` images; all but the loss are fractions from 0 to 1."""
 
     n: int
     accuracy: float
-    loss: float
-    calibration_error: float
-    f1: float
+    loss: float  # mean cross-entropy in nats
+    calibration_error: float  # expected calibration error (Naeini, Cooper & Hauskrecht 2015) over BINS equal bins
+    f1: float  # mean of the classes
     classes: list[ClassScore]
 
 
