@@ -73,7 +73,7 @@ def free_port():
 def start(ckpt, place, tiny):
     """Starts the command in a process of its own, and waits until it says that it is ready."""
     if find_spec("gradio") is None:
-        pytest.skip("needs gradio: pip install '.[demo]'")
+        pytest.skip("needs gradio: pip install 'lenet_pl[demo]'")
     started = []
 
     def run(*flags, prelude=""):
@@ -213,6 +213,7 @@ def test_paste_and_a_drop_beside_the_box(tab, net, files, event, name):
         ("text.png", b"no picture", "text.png: not a picture"),
         ("<b>cut.png", None, "damaged picture"),
         ("notes.txt", b"", "notes.txt: not a picture"),
+        ("a$b$ &amp; :smile:.png", b"", "a$b$ &amp; :smile:.png: not a picture"),
     ],
 )
 def test_a_wrong_file_gets_a_message_and_the_next_one_works(tab, net, files, place, name, content, message):
@@ -268,7 +269,7 @@ def test_no_test_images_and_ctrl_c(start, browser, net, files):
     process = start("--data.data_dir", "nothing", prelude="download.SOURCES = ()")
     tab = browser.new_page()
     tab.goto(process.url)
-    tab.get_by_role("alert").filter(has_text="No examples").wait_for()
+    tab.get_by_role("alert").filter(has_text="There are no examples").wait_for()
     assert example(tab, "Bag").count() == 0
     upload(tab, files["set.png"])
     shows(tab, net(files["set.png"]))
@@ -303,5 +304,5 @@ def test_without_gradio(ckpt, capsys, monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     assert main(["demo", "--ckpt_path", str(ckpt), "--port", "0"]) == 2
     assert capsys.readouterr().err == (
-        "error: demo needs gradio, which is not installed; install it with: pip install '.[demo]'\n"
+        "error: demo needs gradio, which is not installed; install it with: pip install 'lenet_pl[demo]'\n"
     )

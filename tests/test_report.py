@@ -1,6 +1,7 @@
 """The report: its numbers, its pictures, and that it needs nothing from outside, in a real browser too."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -16,10 +17,12 @@ from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet
 from lenet_pl.__main__ import main
-from lenet_pl.apps import plots, report
+from lenet_pl.apps import article, plots, report
+from lenet_pl.apps.scores import NAMES, score
 from lenet_pl.lenet import layers
+from lenet_pl.loader import generator
 
-ALWAYS = {"samples", "confusion_matrix", "reliability", "robustness", "right_and_wrong", "filters"}
+ALWAYS = {"samples", "confusion_matrix", "reliability", "robustness"}
 SETTINGS = {"data.val_size": 60, "data.batch_size": 8, "data.flip": True, "model.dropout": 0.1}
 SETTINGS |= {"model.schedule": "one_cycle", "model.lr": 0.0005, "trainer.max_epochs": 2}
 
@@ -116,7 +119,7 @@ def test_the_scores_are_those_of_test_json(page, ckpt):
     numbers = {row[0]: row[1] for row in parser.rows if len(row) == 2}
     assert numbers[f"test accuracy, {TEST} images"] == f"{result['test_acc']:.2%}"
     assert numbers["test loss, nats"] == f"{result['test_loss']:.4f}"
-    for label, name in enumerate(report.NAMES):
+    for label, name in enumerate(NAMES):
         there = labels == label
         recall = (probabilities.argmax(1) == label)[there].mean()
         assert parser.row(name)[1::2] == [f"{recall:.2%}", str(there.sum())]
@@ -125,18 +128,18 @@ def test_the_scores_are_those_of_test_json(page, ckpt):
 def test_the_scores_follow_from_their_definitions():
     logits = 2 * torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
     labels = (logits + logits.flip(0)).argmax(1)
-    scores, probabilities, labels = report._scores(logits, labels), logits.softmax(1).numpy(), labels.numpy()
+    scores, probabilities, labels = score(logits, labels), logits.softmax(1).numpy(), labels.numpy()
     predicted, sure = probabilities.argmax(1), probabilities.max(1)
-    for label, (name, *found) in enumerate(scores["classes"]):
+    for label, (name, *found) in enumerate(scores.classes):
         hits = ((predicted == label) & (labels == label)).sum()
         called, there = (predicted == label).sum(), (labels == label).sum()
-        assert name == report.NAMES[label]
+        assert name == NAMES[label]
         assert found == pytest.approx([hits / called, hits / there, 2 * hits / (called + there), there])
     bins = np.ceil(sure * 15)
     gaps = [abs((predicted == labels)[bins == b].sum() - sure[bins == b].sum()) for b in range(1, 16)]
-    assert scores["ece"] == pytest.approx(sum(gaps) / 500)
-    assert scores["accuracy"] == pytest.approx((predicted == labels).mean())
-    assert scores["f1"] == pytest.approx(np.mean([f1 for *_, f1, _ in scores["classes"]]))
+    assert scores.calibration_error == pytest.approx(sum(gaps) / 500)
+    assert scores.accuracy == pytest.approx((predicted == labels).mean())
+    assert scores.f1 == pytest.approx(np.mean([f1 for *_, f1, _ in scores.classes]))
 
 
 def test_what_the_pictures_get(ckpt, monkeypatch, page):
@@ -149,8 +152,9 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
 
         monkeypatch.setattr(plots, name, spied)
 
-    for name in ("samples", "confusion_matrix", "curves", "filters", "robustness"):
+    for name in ("samples", "confusion_matrix", "curves", "robustness"):
         spy(name, getattr(plots, name))
+    monkeypatch.setattr(report, "write_atomic", lambda *args: None)  # the page of fit stays
     model, data = load(ckpt)
     report.write(ckpt, model, data)
     probabilities, labels = truth(ckpt)
@@ -158,20 +162,15 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
     counts = np.zeros((10, 10), int)
     np.add.at(counts, (labels, predicted), 1)
     assert np.array_equal(given["confusion_matrix"][0][0], counts)
-    (first, names), (_, right_and_wrong), (_, mistakes) = given["samples"]
+    (_, mistakes), (first, names) = given["samples"]
     loader = data.train_dataloader()
     assert loader.data.seed == 5
-    assert torch.equal(first[:8], loader.images[torch.randperm(270, generator=report.generator(5, 0))[:8]])
+    assert torch.equal(first[:8], loader.images[torch.randperm(270, generator=generator(5, 0))[:8]])
     assert len(names) == 25
     sure = sorted((p.max() for p, k, y in zip(probabilities, predicted, labels, strict=True) if k != y), reverse=True)
     assert [float(c.split("%")[0].split()[-1]) for c in mistakes] == [round(100 * float(s), 1) for s in sure[:25]]
-    assert any(right_and_wrong[20:])
-    for i, caption in enumerate(right_and_wrong):
-        name = report.NAMES[i % 10]  # the column's
-        assert caption in ("", f"✓ {name}") if i < 20 else caption[:2] in ("", "✗ ") and caption[2:] != name
     state = torch.load(ckpt, weights_only=True)
     assert given["curves"][0][1] == state["epoch"] + 1
-    assert torch.equal(given["filters"][0][0], state["state_dict"]["net.features.0.weight"])
     for lines in given["robustness"][0][0].values():
         for points in lines.values():
             assert points[0] == (predicted == labels).mean()  # undamaged
@@ -191,6 +190,9 @@ def test_the_article_beside(page):
     assert parser.row("optimizer")[1] == "Adam, lr 0.0005 at the peak of one cycle, ε 1e-8"
     assert parser.row("beyond that")[1] == "mirrored images, dropout 0.1"
     assert all(row[-1] for row in parser.rows if len(row) == 4)  # no difference without a word on it
+    assert parser.row("training loss")[0] == "0.0458"
+    for word in ("Pavan Vadapalli", "Everything You Need to Know", "upGrad blog", "25 February 2021"):
+        assert word in page.read_text()
 
 
 def test_a_checkpoint_alone_is_enough(ckpt, place):
@@ -200,19 +202,113 @@ def test_a_checkpoint_alone_is_enough(ckpt, place):
     text = page.read_text()
     assert page.parent == folder
     assert {path.stem for path in folder.glob("*.png")} == ALWAYS | {"mistakes"}
-    assert "no <code>results.csv</code>" in text
-    assert "no <code>config.yaml</code>" in text
+    assert "there is no results.csv" in text
+    assert "there is no config.yaml" in text
     assert "&lt;b&gt;x&amp;y" in text
     assert "<b>" not in text
+
+
+RUN = article.Run(
+    epoch=2,
+    seed=5,
+    steps=100,
+    epsilon=1e-8,
+    train_images=55_000,
+    parameters=107_786,
+    model=dict(LitLeNet().hparams),
+    data=dict(FashionMNISTDataModule().hparams),
+    trainer={"max_epochs": 3},
+    results=[
+        {"epoch": "1", "train_loss": "0.5", "train_acc": "0.8", "val_acc": "0.85", "seconds": "3"},
+        {"epoch": "2", "train_loss": "0.3", "train_acc": "0.9", "val_acc": "0.88", "seconds": "4"},
+        {"epoch": "3", "train_loss": "0.2", "train_acc": "0.95", "val_acc": "0.87", "seconds": "5"},
+    ],
+)
+LOGITS = torch.eye(10).repeat(10, 1)
+SCORES = score(LOGITS, LOGITS.argmax(1))._replace(n=10_000, accuracy=0.91)
+
+
+def article_rows(run):
+    return {row.what: row for row in article.rows(run, SCORES)}
+
+
+def test_the_article_table_says_what_differs():
+    rows = article_rows(RUN)
+    assert rows["test accuracy"][1:3] == ("90.67%", "91.00%")
+    assert "+0.33 percentage points" in rows["test accuracy"].why
+    assert "standard error of 0.29 points" in rows["test accuracy"].why
+    assert rows["training accuracy"][1:3] == ("98.29%", "90.00%")  # of the scored epoch
+    assert "98.50%" in rows["training accuracy"].why
+    assert rows["training loss"][1:3] == ("0.0458", "0.3000")
+    assert "0.0421" in rows["training loss"].why
+    assert "smoothing" not in rows["training loss"].why
+    assert rows["epochs"][1:3] == ("30", "3")
+    assert rows["scored"].here == "epoch 2, by validation accuracy"
+    assert rows["pixels"].here == "(x / 255 − 0.286) / 0.353"
+    assert rows["batch size"] == ("batch size", "32", "32", "the same")
+    assert rows["optimizer"].here == "Adam, lr 0.001, ε 1e-8"
+    assert rows["first weights"].here == "uniform within ±1/√(inputs), biases too"
+    assert rows["net"].why == rows["beyond that"].why == "the same"
+    assert rows["seconds an epoch"] == (
+        "seconds an epoch",
+        "4",
+        "4.0",
+        "The article does not name its machine. Validation is included here.",
+    )
+
+
+def test_the_article_table_of_another_recipe():
+    model = RUN.model | {"schedule": "one_cycle", "weight_decay": 0.1, "dropout": 0.05, "label_smoothing": 0.1}
+    model |= {"init": "orthogonal"}
+    data = RUN.data | {"flip": True, "shift": 1, "mean": 0.0, "std": 1.0, "val_size": 0}
+    results = [row | {"val_acc": ""} for row in RUN.results]
+    run = RUN._replace(epoch=3, model=model, data=data, results=results, train_images=60_000, parameters=61_706)
+    rows = article_rows(run)
+    assert "Label smoothing raises ours" in rows["training loss"].why
+    for name in ("training images", "scored", "pixels"):
+        assert rows[name].why == "the same"
+    assert rows["optimizer"].here == "Adam, lr 0.001 at the peak of one cycle, ε 1e-8, weight decay 0.1"
+    assert "rises and falls once" in rows["optimizer"].why
+    assert "Weight decay" in rows["optimizer"].why
+    assert rows["first weights"].here == "orthogonal with gain √2, biases zero"
+    assert "net of 1998" in rows["net"].why
+    assert rows["beyond that"].here == ("mirrored images, shifts of up to 1 pixels, dropout 0.05, label smoothing 0.1")
+    assert rows["seconds an epoch"].why == "The article does not name its machine."
+    assert article_rows(run._replace(epoch=1))["scored"].here == "epoch 1"
+
+
+def test_the_article_table_without_results():
+    rows = article_rows(RUN._replace(results=[]))
+    assert not {"training accuracy", "training loss", "seconds an epoch"} & rows.keys()
+    assert rows["epochs"].here == "3"
+    assert "epochs" not in article_rows(RUN._replace(results=[], trainer={}))
+
+
+def test_settings_are_compared_with_the_defaults_that_hold():
+    values = {"max_epochs": 30, "precision": "bf16-mixed", "default_root_dir": "/tmp", "unknown": 1}
+    trainer = report.Trainer
+    assert report.differences("trainer", trainer, values, {"max_epochs": 30}) == [
+        ("trainer.precision", "bf16-mixed", None)
+    ]
+    assert ("trainer.max_epochs", 30, None) in report.differences("trainer", trainer, values)
+
+
+def test_a_path_is_shown_whatever_its_bytes(ckpt, place):
+    folder = place / os.fsdecode(b"a\xff\n $[/b]")
+    folder.mkdir(parents=True)
+    text = report.write(shutil.copy(ckpt, folder / "best.ckpt"), *load(ckpt)).read_text()
+    assert r"a\xff\n $[/b]/best.ckpt</code>, epoch" in text
+    assert r"$[/b]/best.ckpt&#39;</code>" in text  # quoted for the shell
 
 
 def test_a_net_without_mistakes(ckpt, place, monkeypatch):
     model, data = load(ckpt)
     data.setup("test")
-    monkeypatch.setattr(report, "_logits", lambda *_: 30 * torch.nn.functional.one_hot(data.test_set[1], 10).float())
+    perfect = 30 * torch.nn.functional.one_hot(data.test_set[1], 10).float()
+    monkeypatch.setattr(report.Classifier, "in_batches", lambda *_: perfect)
     (place / "perfect").mkdir()
     page = report.write(shutil.copy(ckpt, place / "perfect/best.ckpt"), model, data)
-    assert "None: every test image" in page.read_text()
+    assert "There are none: every test image" in page.read_text()
     assert not (page.parent / "mistakes.png").exists()
 
 
@@ -233,13 +329,11 @@ def figures():
     row = dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc"), "0.5")
     confidence = torch.linspace(0, 1, 101)
     lines = {name: dict.fromkeys(range(-45, 46, 15), 0.9) for name in ("rotated", "slanted")}
-    yield "samples", plots.samples([image] * 12, ["T-shirt/top 100.0%\nis: T-shirt/top"] * 12)
-    yield "right_and_wrong", plots.samples([image, None] * 10, ["✗ T-shirt/top", ""] * 10, columns=10)
+    yield "samples", plots.samples(image.expand(12, 1, 28, 28), ["T-shirt/top 100.0%\nis: T-shirt/top"] * 12)
     yield "one_epoch", plots.curves([{"epoch": "1", **row}], 1)
     yield "curves", plots.curves([{"epoch": str(e), **row} for e in range(1, 201)], 200)
-    yield "confusion_matrix", plots.confusion_matrix(torch.full((10, 10), 10_000), report.NAMES)
-    yield "reliability", plots.reliability(confidence, confidence > 0.5)
-    yield "filters", plots.filters(torch.randn(6, 1, 5, 5), image, torch.randn(6, 28, 28))
+    yield "confusion_matrix", plots.confusion_matrix(torch.full((10, 10), 10_000), NAMES)
+    yield "reliability", plots.reliability(confidence, confidence > 0.5, 15)
     yield "robustness", plots.robustness(dict.fromkeys("abc", lines))
 
 
@@ -312,7 +406,7 @@ def test_a_browser_draws_it_all_and_fetches_nothing(page, browser, scheme, width
         assert picture["height"] > 150
         assert all(picture["pixels"])
         assert picture["ink"] == text
-    assert sum(len(picture["pixels"]) for picture in pictures) > 60
+    assert sum(len(picture["pixels"]) for picture in pictures) > 40
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert (requests, complaints) == ([page.as_uri()], [])
     tab.close()

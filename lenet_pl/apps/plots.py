@@ -66,19 +66,12 @@ def svg(figure: Figure) -> str:
 
 
 class Row(NamedTuple):
-    """One row of ``predictions``.
+    """One row of ``predictions``."""
 
-    Attributes:
-        title: Any text. It is shown as it is, and shortened in the middle above 60 characters.
-        picture: The user's picture, or None to leave its place empty.
-        seen: What the net saw, ``[28, 28]``, 0 to 255, or None.
-        top: Class names and their probabilities, 0 to 1.
-    """
-
-    title: str
-    picture: ArrayLike | None
-    seen: ArrayLike | None
-    top: Sequence[tuple[str, float]]
+    title: str  # shown as it is, and shortened in the middle above 60 characters
+    picture: ArrayLike | None  # the user's picture, or None to leave its place empty
+    seen: ArrayLike | None  # what the net saw, [28, 28], 0 to 255, or None
+    top: Sequence[tuple[str, float]]  # classes with their probabilities, 0 to 1
 
 
 @_styled
@@ -103,28 +96,26 @@ def predictions(rows: Sequence[Row]) -> Figure:
 
 
 @_styled
-def samples(images: Sequence[Tensor | None] | Tensor, captions: Sequence[str], columns: int = 5) -> Figure:
-    """Shows images in rows, each above its caption.
+def samples(images: Tensor, captions: Sequence[str]) -> Figure:
+    """Shows images in rows of five, each above its caption.
 
     Args:
-        images: N of ``[1, 28, 28]``, 0 (black) to 255; None leaves a place empty.
+        images: ``[N, 1, 28, 28]``, 0 (black) to 255.
         captions: N texts, all of the same number of lines.
-        columns: Images in a row.
     """
-    lines = 1 + captions[0].count("\n")
-    font, width = (8.5, 7.5) if columns < 8 else (7.5, 9.0)  # points, inches
-    across = 28 + (8 if columns < 8 else 3)  # a cell, in pixels of the images
-    down = 29.5 + lines * font / 72 * 1.35 / (width / columns / across)
+    columns, font, width = 5, 8.5, 7.5  # images, points, inches
+    across = 28 + 8  # a cell with its margin, in pixels of the images
+    caption_height = (1 + captions[0].count("\n")) * font / 72 * 1.35  # inches
+    down = 29.5 + caption_height / (width / columns / across)
     rows = -(-len(captions) // columns)
     figure = Figure(figsize=(width, width * rows * down / (columns * across)))
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_axis_off()
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = i % columns * across + (across - 28) / 2, i // columns * down + 0.5
-        if image is not None:
-            extent = (left, left + 28, top + 28, top)
-            ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
-            ax.text(left + 14, top + 28.7, caption, ha="center", va="top", fontsize=font)
+        extent = (left, left + 28, top + 28, top)
+        ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
+        ax.text(left + 14, top + 28.7, caption, ha="center", va="top", fontsize=font)
     ax.set(xlim=(0, columns * across), ylim=(rows * down, 0))
     return figure
 
@@ -134,17 +125,18 @@ def curves(rows: Sequence[Mapping[str, str]], scored: int) -> Figure:
     """Draws loss and accuracy over the epochs.
 
     Args:
-        rows: Those of results.csv.
-        scored: The checkpoint's epoch, 1 for the first: it is marked.
+        rows: The rows of results.csv.
+        scored: The epoch to mark, 1 for the first.
     """
-    val = [row for row in rows if row["val_acc"]]
+    validated = [row for row in rows if row["val_acc"]]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for ax, kind, title in ((left, "loss", "loss, nats"), (right, "acc", "accuracy")):
-        for name, label, some, colour in (("train", "training", rows, BLUE), ("val", "validation", val, ORANGE)):
+        for name, label, some, colour in (("train", "training", rows, BLUE), ("val", "validation", validated, ORANGE)):
             if some:
+                epochs = [int(row["epoch"]) for row in some]
                 values = [float(row[f"{name}_{kind}"]) for row in some]
-                ax.plot([int(row["epoch"]) for row in some], values, "o-", color=colour, label=label)
+                ax.plot(epochs, values, "o-", color=colour, label=label)
         ax.axvline(scored, color=INK, linestyle=":", label=f"scored: epoch {scored}")
         ax.set(xlabel="epoch", title=title, xlim=(0, int(rows[-1]["epoch"]) + 1))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -156,7 +148,7 @@ def curves(rows: Sequence[Mapping[str, str]], scored: int) -> Figure:
 
 @_styled
 def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
-    """Draws counts and their share of the row; the colour is the share's, small ones spread.
+    """Draws a matrix of counts, each with its share of the row, which also gives the colour.
 
     Args:
         counts: ``[C, C]``, true class by row, predicted class by column.
@@ -182,32 +174,29 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
 
 
 @_styled
-def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> Figure:
-    """Draws how often the net is right when it is so sure, and how often it is so sure.
+def reliability(confidence: Tensor, correct: Tensor, bins: int) -> Figure:
+    """Draws the accuracy by confidence, above the number of images with each confidence.
 
     Args:
-        confidence: Probability of the predicted class, ``[N]``, 0..1.
-        correct: Whether that was right, ``[N]``.
-        bins: Number of equal bins, as in the expected calibration error.
+        confidence: Probability of the predicted class, ``[N]``, 0 to 1.
+        correct: Whether the predicted class is right, ``[N]``.
+        bins: Number of equal bins between 0 and 1.
     """
-    x, hits = confidence.cpu().numpy(), correct.float().cpu().numpy()
-    n, edges = np.histogram(x, bins, (0, 1))
-    right, sure = (np.histogram(x, bins, (0, 1), weights=w)[0][n > 0] / n[n > 0] for w in (hits, x))
+    values, hits = confidence.cpu().numpy(), correct.float().cpu().numpy()
+    counts, edges = np.histogram(values, bins, (0, 1))
+    filled = counts > 0
+    accuracy = np.histogram(values, bins, (0, 1), weights=hits)[0][filled] / counts[filled]
+    mean_confidence = np.histogram(values, bins, (0, 1), weights=values)[0][filled] / counts[filled]
+    middles, width = (edges[:-1] + edges[1:]) / 2, 0.92 / bins
     figure = Figure(figsize=(6, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    middles = (edges[:-1] + edges[1:]) / 2
-    top.bar(middles[n > 0], right, 0.92 / bins, color=BLUE, label="this net")
-    top.plot(sure, sure, "o--", color=ORANGE, label="perfect calibration")
+    top.bar(middles[filled], accuracy, width, color=BLUE, label="this net")
+    top.plot(mean_confidence, mean_confidence, "o--", color=ORANGE, label="perfect calibration")
     top.set(ylabel="accuracy", ylim=(0, 1.02))
     top.legend(loc="upper left")
-    bottom.bar(middles, n, 0.92 / bins, color=BLUE)
-    bottom.set(
-        xlabel="confidence: probability of the predicted class",
-        ylabel="images",
-        yscale="log",
-        xlim=(0, 1),
-        ylim=(0.7, None),
-    )
+    bottom.bar(middles, counts, width, color=BLUE)
+    bottom.set(xlabel="confidence: probability of the predicted class", ylabel="images")
+    bottom.set(yscale="log", xlim=(0, 1), ylim=(0.7, None))
     for ax in (top, bottom):
         ax.grid(axis="y")
     for axis in (top.yaxis, bottom.xaxis):
@@ -216,32 +205,12 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> Figure:
 
 
 @_styled
-def filters(weights: Tensor, image: Tensor, responses: Tensor) -> Figure:
-    """Shows the first layer's filters above what each makes of an image; orange is positive, purple negative.
+def robustness(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
+    """Draws the accuracy against damage, one panel beside the other.
 
     Args:
-        weights: ``[F, 1, k, k]``.
-        image: ``[1, 28, 28]``.
-        responses: ``[F, h, w]``.
+        panels: For each axis label its lines by name, and for each line the accuracy (0 to 1) by the damage.
     """
-    figure = Figure(figsize=(9, 2.9))
-    upper, lower = figure.subplots(2, 1 + len(weights))
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.92, wspace=0.08, hspace=0.2)
-    for ax in (*upper, *lower):
-        ax.set_axis_off()
-    lower[0].imshow(image[0].cpu().numpy(), cmap="gray")
-    lower[0].set_title("an image")
-    for title, axes, maps in (("filter", upper, weights[:, 0]), ("response", lower, responses)):
-        for i, values in enumerate(maps.cpu().numpy(), start=1):
-            most = np.abs(values).max()
-            axes[i].imshow(values, cmap="PuOr_r", vmin=-most, vmax=most)
-            axes[i].set_title(f"{title} {i}")
-    return figure
-
-
-@_styled
-def robustness(panels: Mapping[str, Mapping[str, Mapping[float, float]]]) -> Figure:
-    """Draws accuracy against damage: for each panel its axis label and lines, each a name and y by x."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, len(panels), sharey=True)
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):

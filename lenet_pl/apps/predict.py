@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import rich
 from rich.table import Column, Table
 from rich.text import Text
@@ -25,17 +26,11 @@ class NothingClassified(RuntimeError):  # noqa: N818 (it is the name of an outco
 
 
 class Prediction(NamedTuple):
-    """The net's answer for one picture.
+    """The net's answer for one picture."""
 
-    Attributes:
-        name: The file's name, or ``test image 0`` and so on.
-        top: The three most probable classes, the most probable first, each with its probability (0 to 1).
-        error: Why the picture could not be read; empty if it could.
-    """
-
-    name: str
-    top: list[tuple[str, float]]
-    error: str
+    name: str  # the file's, or "test image 0" and so on
+    top: list[tuple[str, float]]  # the three most probable classes with their probabilities (0 to 1), in order
+    error: str  # why the picture could not be read; empty if it could
 
 
 def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> None:
@@ -112,4 +107,4 @@ def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.
         return plots.Row(title, None, None, prediction.top)
     seen = pictures.to_uint8(picture, data.preprocess)[0].numpy()
     picture.thumbnail((200, 200))
-    return plots.Row(title, picture.convert("RGBA"), seen, prediction.top)
+    return plots.Row(title, np.asarray(picture.convert("RGBA")), seen, prediction.top)
