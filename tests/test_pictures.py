@@ -449,6 +449,13 @@ def test_find_names_what_is_missing(tmp_path, name):
         find([tmp_path, tmp_path / name])
 
 
+def test_find_opens_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for name in ("a.png", "*.png"):
+        with pytest.raises(ValueError, match="no such file or folder"):
+            find(tmp_path / name)
+
+
 def test_find_names_a_folder_without_pictures(tmp_path):
     put(tmp_path, "notes.txt")
     with pytest.raises(ValueError, match=r"no pictures there; expected files named \.apng \.bmp \.gif.*\(.txt 1\)"):

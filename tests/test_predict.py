@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,12 @@ def test_its_own_pictures_are_not_classified_the_next_time(trained, workdir):
     assert [row["file"] for row in rows() if "data" not in row["file"]] == ["mine.png"]
 
 
-def test_nothing_in_apps_uses_pyplot():
+def test_pictures_are_drawn_without_pyplot(tmp_path):
+    """A notebook's MPLBACKEND names a module that this environment need not have."""
+    code = "import sys, matplotlib.figure, pathlib; from lenet_pl.apps import plots\n"
+    code += "plots.save(matplotlib.figure.Figure(), pathlib.Path(sys.argv[1]))\n"
+    code += "sys.exit('matplotlib.pyplot' in sys.modules)"
+    env = os.environ | {"MPLBACKEND": "module://no_such_module"}
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], env=env, check=False).returncode == 0
     for path in Path(plots.__file__).parent.glob("*.py"):
         assert "matplotlib.pyplot" not in path.read_text(), path

@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 # What each difference means, where it is always the same.
 _WHY = {
-    "training images": "The others are held out to choose the epoch by. The test images have no part in any choice.",
+    "training images": "The others are held out for validation. The test images have no part in any choice.",
     "epochs": "Whether more epochs help depends on the schedule and on the measures against overfitting.",
     "scored": "Later epochs fit the training images ever more closely. The validation images show when that stops to "
     "help with new images.",

@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 
 from lenet_pl.apps import pictures
 from lenet_pl.apps.classifier import Classifier
-from lenet_pl.apps.names import one_line
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
 from lenet_pl.errors import UsageError
 from lenet_pl.module import LitLeNet
+from lenet_pl.names import one_line
 
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 TITLE = "LeNet-5 on Fashion-MNIST"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lenet_pl import __version__
 from lenet_pl.apps.classifier import Classifier
-from lenet_pl.apps.names import one_line
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
@@ -19,6 +18,7 @@ from lenet_pl.errors import UsageError
 from lenet_pl.lenet import LeNet5
 from lenet_pl.loader import EVAL_BATCH_SIZE, generator
 from lenet_pl.module import LitLeNet
+from lenet_pl.names import one_line
 
 TOLERANCE = 1e-4  # of a logit or a probability; summing float32 in another order changes them by about 1e-5
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from lenet_pl.apps.names import one_line
 from lenet_pl.apps.prepare import SIDE, flatten, resize, to_uint8
+from lenet_pl.names import one_line
 
 __all__ = ["SIDE", "SUFFIXES", "find", "flatten", "load", "resize", "to_uint8"]
 
@@ -87,7 +87,10 @@ def _meant(path: Path) -> tuple[list[Path], list[Path]]:
         return [], _below(path)
     listed: list[Path] = []
     for match in map(Path, sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (Path.glob: no absolute ones)
-        listed += _below(match) if match.is_dir() else [match]
+        if match.is_dir():
+            listed += _below(match)
+        elif match.is_file():  # no pipe, which would be read for ever
+            listed.append(match)
     if not listed:
         raise ValueError(f"{one_line(path)}: no such file or folder; give a picture, a folder or a pattern")
     return [], listed

@@ -12,10 +12,10 @@ from rich.text import Text
 from torch import Tensor
 
 from lenet_pl.apps import pictures, plots
-from lenet_pl.apps.names import decoded, one_line
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.errors import UsageError
+from lenet_pl.names import decoded, one_line
 
 SHOWN = 24  # rows of the table and of the picture; predictions.csv holds all
 COLUMNS = ("file", "label", "probability", "second", "second_probability", "third", "third_probability", "error")

@@ -22,12 +22,12 @@ from lenet_pl import __version__, checkpoint, runs
 from lenet_pl.apps import article, panels, plots
 from lenet_pl.apps.article import Run
 from lenet_pl.apps.classifier import Classifier
-from lenet_pl.apps.names import one_line
 from lenet_pl.apps.scores import Scores, score
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.lenet import layers
 from lenet_pl.module import LitLeNet
+from lenet_pl.names import one_line
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("data_dir", "default_root_dir")  # settings that say where files lie, and nothing about the training
@@ -169,7 +169,7 @@ def origin(run: Run, device: torch.device) -> list[tuple[str, str]]:
         ("Time", f"{seconds:,.0f} s for {len(run.results)} epochs, validation included" if seconds else "unknown"),
         ("Report written", datetime.now().astimezone().isoformat(" ", "seconds")),
         ("Versions", ", ".join(versions)),
-        ("Machine", f"{platform.system()}, {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        ("Machine", f"{platform.system()}, {_cpu()}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}"),
     ]
     if device.type == "cuda":
         facts.append(("GPU", torch.cuda.get_device_name(device)))
