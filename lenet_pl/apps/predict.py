@@ -79,9 +79,9 @@ def _csv(predictions: list[Prediction]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for name, top, error in predictions:
-        answer = ["", ""] * 3
-        if not error:
-            answer = [field for label, share in top for field in (label, f"{share:.6f}")]
+        answer = []
+        for label, probability in top:
+            answer += ["", ""] if error else [label, f"{probability:.6f}"]
         writer.writerow([decoded(name), *answer, decoded(error)])
     return text.getvalue()
 
@@ -90,7 +90,9 @@ def _table(predictions: list[Prediction]) -> Table:
     """Lays out the table; its cells are ``Text``, because rich reads markup and emoji codes in plain strings."""
     table = Table(Column("file", overflow="fold"), "label", "second", "third")
     for name, top, error in predictions:
-        cells = [Text(one_line(error), style="red")] if error else [Text(f"{label} {p:.1%}") for label, p in top]
+        cells = [Text(f"{label} {probability:.1%}") for label, probability in top]
+        if error:
+            cells = [Text(one_line(error), style="red")]
         table.add_row(Text(one_line(name)), *cells)
     return table
 
