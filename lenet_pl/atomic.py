@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 # Network shares, FUSE and VirtualBox folders may know no fsync of a folder.
-_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF}
+_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF}
 
 
 def write_atomic(path: Path, data: bytes) -> None:

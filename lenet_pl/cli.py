@@ -37,6 +37,8 @@ COMMON = (
 ).split()
 # Settings that change what the numbers in a checkpoint mean: a run cannot go on with others.
 FIXED = {"model": ("variant",), "data": ("val_size", "split_seed", "mean", "std")}
+# Trainer's own defaults are None here, or not good for so small a net.
+TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
 # More threads gain nothing for this net at its batch sizes.
 MOST_THREADS = 4
 
@@ -66,7 +68,7 @@ class CLI(LightningCLI):
             LitLeNet,
             FashionMNISTDataModule,
             save_config_callback=None,  # RunFolder writes the configuration
-            trainer_defaults={"max_epochs": 30, "num_sanity_val_steps": 0},
+            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"lenet-pl {command}"},
             args=args,

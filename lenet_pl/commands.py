@@ -18,8 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.cli import CLI
+from lenet_pl.cli import CLI, TRAINER_DEFAULTS
 from lenet_pl.errors import UsageError, tell
+from lenet_pl.names import one_line
 
 say = rank_zero_only(print)
 
@@ -32,7 +33,8 @@ def fit(cli: CLI) -> None:
         if not cli.config.test or (cli.folder / runs.SCORE).is_file():
             return
     else:
-        say(f"checkpoint: {cli.path}") if cli.path else None
+        if cli.path:
+            say(f"checkpoint: {one_line(cli.path)}")
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
         finally:
@@ -46,7 +48,8 @@ def fit(cli: CLI) -> None:
     if cli.config.test:
         _score(cli, path)
         report(cli, path)
-    say(f"run folder: {folder.path}\nnext: python -m lenet_pl test --ckpt_path {shlex.quote(str(path))}")
+    command = f"python -m lenet_pl test --ckpt_path {shlex.quote(str(path))}"
+    say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
 
 
 def _is_finished(cli: CLI) -> bool:
@@ -118,7 +121,7 @@ def report(cli: CLI, path: Path | None = None) -> None:
 
     if cli.trainer.is_global_zero:
         cli.model.to(cli.trainer.strategy.root_device)
-        say(f"report: {app.write(path or cli.path, cli.model, cli.datamodule)}")
+        say(f"report: {one_line(app.write(path or cli.path, cli.model, cli.datamodule, TRAINER_DEFAULTS))}")
 
 
 def export(cli: CLI) -> None:
@@ -154,10 +157,11 @@ def run(command: str, args: list[str]) -> int:
         with stopping():
             cli = CLI(command, args)
             if command != "fit":
-                say(f"checkpoint: {cli.path}")
+                say(f"checkpoint: {one_line(cli.path or '')}")
             COMMANDS[command](cli)
     except Stopped as stop:
-        say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
+        if command == "fit":
+            say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
         return int(stop.code or 0)
     except SystemExit as leave:  # --help and --print_config
         return int(leave.code or 0)

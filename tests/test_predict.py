@@ -104,7 +104,7 @@ def awkward(folder):
 def test_names_are_shown_as_they_are(trained, workdir, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "predictions", lambda rows, real=plots.predictions: drawn.extend(rows) or real(rows))
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setenv("COLUMNS", "220")
     paths = awkward(Path("mine"))
     Path("mine/[red]bad:smile:.png").write_bytes(b"no picture")
     code, out, err = trained("predict", "--data.images", "mine", "--output", "$x[/y]$")
