@@ -10,6 +10,7 @@ import rich
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -38,7 +39,9 @@ class RunFolder(Callback):
 
     @property
     def path(self) -> Path:
-        """The run folder; the first one who asks makes it."""
+        """The run folder; the first one who asks makes it. Until ``setup`` only the first process knows it."""
+        if self._path is None and rank_zero_only.rank:
+            return self.parent
         if self._path is None:
             self._path = runs.new(self.parent)
             write_atomic(self._path / runs.CONFIG, self.config.encode())
