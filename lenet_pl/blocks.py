@@ -154,7 +154,9 @@ def total_steps(trainer: Trainer) -> float:
     return trainer.max_epochs * int(loader.steps)  # Lightning would count blocks
 
 
-def run(module: LightningModule, block: Block, forward: Callable[[Any], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def run(
+    module: LightningModule, block: Block, forward: Callable[[Any], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Takes an optimizer step on each mini-batch of a block.
 
     Args:
@@ -167,11 +169,11 @@ def run(module: LightningModule, block: Block, forward: Callable[[Any], tuple[Te
     """
     trainer, optimizer = module.trainer, module.optimizers(use_pl_optimizer=False)
     assert isinstance(optimizer, torch.optim.Optimizer)
-    quick = isinstance(optimizer, Adam) and len(optimizer.param_groups) == 1 and trainer.world_size == 1
+    one_process = trainer.world_size == 1 and len(optimizer.param_groups) == 1
     counts, all_outputs, losses = _counts(trainer), [], []
     for batch in block:
         outputs, loss = forward(batch)
-        if quick and optimizer.state:
+        if isinstance(optimizer, Adam) and one_process and optimizer.state:
             module.on_before_optimizer_step(optimizer)
             adam_step(optimizer, loss)
         else:  # the first step makes Adam's state; several processes sum their gradients in Lightning's backward

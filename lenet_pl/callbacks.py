@@ -40,7 +40,7 @@ class RunFolder(Callback):
     @property
     def path(self) -> Path:
         """The run folder; the first one who asks makes it. Until ``setup`` only the first process knows it."""
-        if self._path is None and rank_zero_only.rank:
+        if self._path is None and rank_zero_only.rank:  # type: ignore[attr-defined]
             return self.parent
         if self._path is None:
             self._path = runs.new(self.parent)
@@ -112,8 +112,8 @@ class RunFolder(Callback):
         for name, value in checked.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{name} is NaN or infinite in epoch {epoch}: the training diverged at lr {pl_module.hparams['lr']}. "
-                    "Try a smaller --model.lr. Checkpoints of finished epochs are intact."
+                    f"{name} is NaN or infinite in epoch {epoch}: the training diverged at lr "
+                    f"{pl_module.hparams['lr']}. Try a smaller --model.lr. Checkpoints of finished epochs are intact."
                 )
         if not trainer.is_global_zero:
             return

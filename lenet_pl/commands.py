@@ -1,22 +1,16 @@
 """What each command does: a plain function each."""
 
 import json
-import logging
-import os
 import shlex
 import signal
 import sys
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from lenet_pl import runs
+from lenet_pl import process, runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.cli import CLI, TRAINER_DEFAULTS
 from lenet_pl.errors import UsageError, tell
@@ -119,15 +113,18 @@ def report(cli: CLI, path: Path | None = None) -> None:
     """Writes report.html and its pictures from a checkpoint alone."""
     from lenet_pl.apps import report as app
 
+    path = path or cli.path
+    assert path is not None
     if cli.trainer.is_global_zero:
         cli.model.to(cli.trainer.strategy.root_device)
-        say(f"report: {one_line(app.write(path or cli.path, cli.model, cli.datamodule, TRAINER_DEFAULTS))}")
+        say(f"report: {one_line(app.write(path, cli.model, cli.datamodule, TRAINER_DEFAULTS))}")
 
 
 def export(cli: CLI) -> None:
     """Writes the net as an ONNX file for other programs."""
     from lenet_pl.apps import export as app
 
+    assert cli.path is not None
     app.write(cli.path, cli.model, cli.datamodule, cli.config.output)
 
 
@@ -141,25 +138,17 @@ def demo(cli: CLI) -> None:
 COMMANDS = {function.__name__: function for function in (fit, validate, test, predict, report, export, demo)}
 
 
-class Stopped(SystemExit):
-    """A signal ended the process; ``code`` is the exit code."""
-
-    def __init__(self, name: str, code: int) -> None:
-        super().__init__(code)
-        self.name = name
-
-
 def run(command: str, args: list[str]) -> int:
     """Runs one command; returns its exit code (0, 1, 2, 130 or 143)."""
-    quiet()
+    process.quiet()
     cli = None
     try:
-        with stopping():
+        with process.stopping():
             cli = CLI(command, args)
             if command != "fit":
                 say(f"checkpoint: {one_line(cli.path or '')}")
             COMMANDS[command](cli)
-    except Stopped as stop:
+    except process.Stopped as stop:
         if command == "fit":
             say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
         return int(stop.code or 0)
@@ -170,32 +159,6 @@ def run(command: str, args: list[str]) -> int:
     except Exception as error:
         return tell(error, 1)
     return 0
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """Ends the process on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1: at once, a second signal without any word.
-
-    Nothing has to be saved, because a run goes on from its last finished epoch.
-    """
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
-        yield
-        return
-    codes = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
-    if "SLURM_JOB_ID" in os.environ:
-        codes[signal.SIGUSR1] = ("SIGUSR1", 143)
-
-    def stop(signum: int, frame: Any) -> None:
-        for again in codes:
-            signal.signal(again, signal.SIG_DFL)
-        raise Stopped(*codes[signal.Signals(signum)])
-
-    before = {signum: signal.signal(signum, stop) for signum in codes}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _how_to_go_on(cli: CLI | None) -> str:
@@ -209,43 +172,3 @@ def _how_to_go_on(cli: CLI | None) -> str:
     if not last.is_file():
         return " before the first epoch was finished; start the run again"
     return f"; go on with: python -m lenet_pl fit --ckpt_path {shlex.quote(str(last))}"
-
-
-# The beginnings of what Lightning says at each start, unasked: advertisements, and notes that do not hold here.
-_UNASKED = (
-    "GPU available",
-    "TPU available",
-    "💡",
-    "Tip:",
-    "Seed set to",
-    "Restor",
-    "Loaded model weights",
-    "Using ",
-    "`Trainer.fit` stopped",  # RunFolder says why a training ended
-    "`Trainer(barebones",
-    "Initializing distributed",
-    "-----",
-    "distributed_backend",
-    "All distributed processes",
-    "LOCAL_RANK",
-)
-
-
-def _is_asked_for(record: logging.LogRecord) -> bool:
-    return not record.getMessage().lstrip("\n").startswith(_UNASKED)
-
-
-def quiet() -> None:
-    """Silences what nobody asked for; callbacks, profilers and tuners are heard."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_is_asked_for)
-    for message in (
-        ".*LeafSpec.* is deprecated",  # in Lightning's own code
-        "Checkpoint directory .* is not empty",  # when a run goes on
-        "Be aware that when using `ckpt_path`",  # a checkpoint names the callbacks of fit, which test has not
-        ".*does not have many workers",  # data in memory need none
-        "GPU available but not used",  # the user said so
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"

@@ -1,11 +1,15 @@
-"""Config files: finds and checks them before they are parsed. Needs neither torch nor Lightning."""
+"""Settings as text: config files and flags before they are parsed, settings as they are written."""
 
 import difflib
+import re
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from lenet_pl.errors import UsageError
+from lenet_pl.runs import CONFIG
 
 _HERE = Path(__file__).parent
 # The recipes lie in the checkout beside the package, and in the package where it was installed as a wheel.
@@ -90,3 +94,69 @@ def _find(name: str) -> Path:
     if alike:
         hint = f"did you mean {known[alike[0]]}?"
     raise UsageError(f"config file {name} does not exist; {hint}")
+
+
+def take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
+    """Takes the values of an option out of the arguments, because YAML would read a file name ``[a].png`` as a list.
+
+    Returns:
+        The other arguments, and the values: all words after the option up to the next option.
+    """
+    rest, values, taking = [], [], False
+    for arg in args:
+        if arg == option or arg.startswith(f"{option}="):
+            taking = True
+            values += [arg.partition("=")[2]] if "=" in arg[: len(option) + 1] else []
+        elif taking and not arg.startswith("--"):
+            values.append(arg)
+        else:
+            taking = False
+            rest.append(arg)
+    return rest, values
+
+
+def with_home_folders(settings: Any) -> Any:
+    """Expands ``~`` at the beginning of any text: no other text begins so."""
+    if isinstance(settings, Namespace):
+        for key, value in vars(settings).items():
+            settings[key] = with_home_folders(value)
+    elif isinstance(settings, list):
+        return [with_home_folders(value) for value in settings]
+    elif isinstance(settings, str) and re.match(r"~[\w.-]*(/|$)", settings):
+        return str(Path(settings).expanduser())
+    return settings
+
+
+def joined(stored: Any, given: Any) -> Any:
+    """Joins the callbacks (loggers, plugins) of a run with those given now: one given again replaces the stored one."""
+    if not isinstance(given, list):
+        return given
+    result = list(stored) if isinstance(stored, list) else []
+    places = {id(entry): place for place, entry in enumerate(result)}
+    for entry in given:
+        match = next((old for old in result if id(old) in places and old.class_path == entry.class_path), None)
+        if match is None:
+            result.append(entry)
+        else:
+            result[places.pop(id(match))] = entry
+    return result
+
+
+def readable(settings: Any) -> Any:
+    """Leaves out values that jsonargparse could not write: they are defaults of a signature, such as a device."""
+    if isinstance(settings, list):
+        return [readable(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    kept = {}
+    for key, value in settings.items():
+        if not str(value).startswith("Unable to serialize instance"):
+            kept[key] = readable(value)
+    return kept
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """Returns the settings in the config.yaml of a run folder."""
+    settings = dict(yaml.safe_load(read(str(folder / CONFIG))))
+    settings.pop("ckpt_path", None)
+    return settings

@@ -125,16 +125,17 @@ class FashionMNISTDataModule(LightningDataModule):
             most=self.shift,
             block=blocks.size(trainer, self.steps_per_execution),
             shuffle=not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
-            **self._place(),
+            rank=self._rank,
+            world=self._world,
         )
 
     def val_dataloader(self) -> EvalLoader:
         """Returns the validation batches."""
-        return EvalLoader(*self._placed(self.val_set), self.mean, self.std, **self._place())
+        return EvalLoader(*self._placed(self.val_set), self.mean, self.std, self._rank, self._world)
 
     def test_dataloader(self) -> EvalLoader:
         """Returns the test batches: every image once, over all processes together."""
-        return EvalLoader(*self._placed(self.test_set), self.mean, self.std, **self._place())
+        return EvalLoader(*self._placed(self.test_set), self.mean, self.std, self._rank, self._world)
 
     def predict_dataloader(self) -> EvalLoader | DataLoader[Path]:
         """Returns the user's pictures in batches, black in place of one that cannot be read; or the test batches."""
@@ -151,11 +152,13 @@ class FashionMNISTDataModule(LightningDataModule):
             return images, labels  # each block travels by itself
         return images.to(device), labels.to(device)
 
-    def _place(self) -> dict[str, int]:
-        """Returns the rank of this process and the number of processes."""
-        if self.trainer is None:
-            return {"rank": 0, "world": 1}
-        return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
 
     def first_images(self, n: int) -> Batch:
         """Returns the first n training images of the first epoch, uint8, ``[n, 1, 28, 28]``, and their labels."""

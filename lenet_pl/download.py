@@ -88,8 +88,6 @@ def _is_sound(path: Path) -> bool:
 
 def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
     """Goes through the sources until nothing is missing."""
-    from lenet_pl.atomic import write_atomic
-
     failures: dict[str, str] = {}  # source: reason
     named = os.environ.get("LENET_PL_DATA_SOURCE")
     for source in (str(raw), *([named] if named else []), *SOURCES):  # raw: .gz files put there by hand

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-
 # What jsonargparse says it expected, and plain words for it.
 _EXPECTED = re.compile(
     r"Expected an? (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]|(dot import path))|(a subclass of \w+)"

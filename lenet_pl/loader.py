@@ -159,9 +159,7 @@ class EvalLoader:
         world: The number of processes.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1) -> None:
         self.images, self.labels = images[rank::world], labels[rank::world]
         self.mean, self.std = mean, std
 

@@ -127,7 +127,7 @@ class LitLeNet(LightningModule):
         peak: float = self.hparams["lr"]
         if self.hparams["schedule"] == "constant":
             return peak
-        up = max(1.0, self.hparams["warmup"] * self.total_steps)
+        up: float = max(1.0, self.hparams["warmup"] * self.total_steps)
         down = max(1.0, self.total_steps - up)
         return peak * min((step + 1) / up, (self.total_steps - step) / down)
 

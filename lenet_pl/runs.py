@@ -90,7 +90,7 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
     """Returns the file that ``--ckpt_path`` means; does not open it.
 
     Args:
-        word: A file, or ``best``, ``last`` or ``pretrained`` (also with ``.ckpt``), which a file of that name overrides.
+        word: A file, or ``best``, ``last`` or ``pretrained`` (also with ``.ckpt``) unless there is such a file.
         root: The folder ``runs``.
         name: The name of the run that ``best`` and ``last`` mean; the newest of all runs by default.
 
@@ -137,7 +137,9 @@ def _advice(word: str, known: Iterable[Path]) -> str:
 def refuse_url(path: str | Path) -> None:
     """Raises CheckpointError if ``path`` is a URL: nothing is downloaded, for a checkpoint could come from anywhere."""
     if re.match(r"[A-Za-z][\w+.:-]+:/|.*://", str(path)):  # Path("http://x") is "http:/x"
-        raise CheckpointError(f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read")
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read"
+        )
 
 
 def read_results(folder: Path) -> list[dict[str, str]]:
