@@ -1,11 +1,19 @@
 """LeNet-5 on Fashion-MNIST with PyTorch Lightning."""
 
+import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lenet_pl.datamodule import FashionMNISTDataModule
     from lenet_pl.lenet import LeNet5
     from lenet_pl.module import LitLeNet
+
+# A notebook exports its own plotting backend to every command that it starts. torchmetrics imports matplotlib, which
+# would fail at once where the module is not installed beside this package.
+_backend = os.environ.get("MPLBACKEND", "").removeprefix("module://")
+if _backend.count(".") and find_spec(_backend.split(".")[0]) is None:
+    os.environ["MPLBACKEND"] = "agg"
 
 __version__ = "0.1.0"
 __all__ = ["FashionMNISTDataModule", "LeNet5", "LitLeNet", "__version__"]

@@ -4,6 +4,7 @@ import difflib
 import io
 import os
 import sys
+from pathlib import Path
 
 from lenet_pl import __version__
 
@@ -36,6 +37,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed at run time, 2 wrong use, 130 Ctrl-C, 143 SIGTERM.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may not know × or ≤
@@ -47,6 +49,21 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at its end
         return 1
+
+
+def _open_closed_streams() -> None:
+    """Lets a process without standard streams, such as a service, run silently.
+
+    Otherwise the next file that is opened, a checkpoint perhaps, would get the number of standard output.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))
 
 
 def _main(args: list[str]) -> int:

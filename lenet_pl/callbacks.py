@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import rich
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -35,6 +36,7 @@ class RunFolder(Callback):
         self._path = resumed
         self.started = 0.0
         self.fastest = math.inf  # seconds of the fastest epoch
+        self.warned = False
         self.validated = False
 
     @property
@@ -124,6 +126,17 @@ class RunFolder(Callback):
         row["seconds"] = round(seconds, 3)
         runs.write_results(self.path, [*runs.read_results(self.path), row])
         print(epoch_line(row, trainer.max_epochs), flush=True)
+        self._warn_if_slow(seconds)
+
+    def _warn_if_slow(self, seconds: float) -> None:
+        """Says once that something slows the threads down; a thread that waits for a busy core holds up all others."""
+        if seconds > 3 * self.fastest and torch.get_num_threads() > 1 and not self.warned:
+            self.warned = True
+            print(
+                f"This epoch took {seconds / self.fastest:.0f} times as long as the fastest one. If another program "
+                "keeps a core busy, --threads 1 is quicker."
+            )
+        self.fastest = min(self.fastest, seconds)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Notes that the training has ended, and says why where it ended early."""

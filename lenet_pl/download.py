@@ -128,14 +128,18 @@ def _get(source: str, name: str, scratch: Path) -> bytes:
     except (OSError, ValueError):
         if not packed.exists():
             raise
-    return _verified(gzip.open(packed), name)
+    return _verified(packed.open("rb"), name)
 
 
-def _verified(file: BinaryIO | gzip.GzipFile, name: str) -> bytes:
+def _verified(file: BinaryIO, name: str) -> bytes:
+    """Returns the raw content of a file that is compressed or, whatever its name says, is not."""
     sha256, size = FILES[name]
     try:
         with file:
-            content = file.read(size + 1)  # bounded: a gzip bomb must not fill the memory
+            compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            source = gzip.GzipFile(fileobj=file) if compressed else file
+            content = source.read(size + 1)  # bounded: a gzip bomb must not fill the memory
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{name}.gz is damaged: {error}") from error
     if len(content) != size:
@@ -148,7 +152,7 @@ def _verified(file: BinaryIO | gzip.GzipFile, name: str) -> bytes:
 def _download(url: str, name: str) -> bytes:
     for pause in (*PAUSES, None):
         try:
-            return _verified(gzip.open(BytesIO(_transfer(url, FILES[name][1] + 65536))), name)
+            return _verified(BytesIO(_transfer(url, FILES[name][1] + 65536)), name)
         except _FAULTS as error:
             # No connection or a plain no, such as 404: the next mirror is the better retry.
             hopeless = error.code < 500 if isinstance(error, HTTPError) else isinstance(error, URLError)

@@ -1,0 +1,318 @@
+"""Lightning's own callbacks, loggers, profilers and tuners: they work here as on a stock training."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import same, weights
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader, TensorDataset
+
+from lenet_pl import FashionMNISTDataModule, LitLeNet
+from lenet_pl.blocks import Block
+
+TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 2)
+RUN = Path("runs/lenet/version_0")
+LAST = RUN / "checkpoints/last.ckpt"
+
+PIECES = {  # flags, and whether blocks give way
+    "ModelCheckpoint every_n_train_steps=10": True,
+    "ModelCheckpoint every_n_epochs=1 save_top_k=-1": False,
+    "ModelCheckpoint monitor=val_loss save_last=true": False,
+    "StochasticWeightAveraging swa_lrs=0.01 swa_epoch_start=1": True,
+    "EMAWeightAveraging decay=0.9": True,
+    "GradientAccumulationScheduler scheduling={0:2}": True,
+    "LearningRateFinder num_training_steps=20": False,  # in its own steps alone
+    "BatchSizeFinder max_trials=2 steps_per_trial=2": False,
+    "LearningRateMonitor": True,
+    "DeviceStatsMonitor": True,
+    "EarlyStopping monitor=val_acc": False,
+    "Timer duration=01:00:00:00": False,
+    "RichModelSummary": False,
+    "ModelSummary max_depth=2": False,
+    "TQDMProgressBar": False,
+    "RichProgressBar": False,
+    "OnExceptionCheckpoint dirpath=crash": False,
+    "ModelPruning pruning_fn=l1_unstructured amount=0.1": False,
+}
+
+
+def flags(piece):
+    """``"Name key=value"`` as the command line has it."""
+    name, *options = piece.split()
+    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{option}" for option in options)]
+
+
+@pytest.mark.filterwarnings("ignore")  # what a piece says about itself
+@pytest.mark.parametrize(("piece", "gives_way"), PIECES.items())
+def test_a_callback_does_the_same_in_blocks_as_step_by_step(cli, piece, gives_way):
+    outs = []
+    for k in (50, 1):
+        code, out, err = cli("fit", *TINY, *flags(piece), "--data.steps_per_execution", k, "--name", f"k{k}")
+        assert code == 0, err
+        outs.append(out)
+    folders = [Path(f"runs/k{k}/version_0") for k in (50, 1)]
+    names = [sorted(p.name for p in folder.glob("checkpoints/*")) for folder in folders]
+    assert names[0] == names[1]
+    for name in names[0]:
+        states = [torch.load(folder / "checkpoints" / name, weights_only=True) for folder in folders]
+        for key in ("state_dict", "optimizer_states", "global_step"):
+            assert same(states[0][key], states[1][key]), (name, key)
+    name = piece.split()[0]
+    assert bool(re.search(rf"steps_per_execution: 1 instead of 50, because {name}", outs[0])) == gives_way
+    assert "steps_per_execution" not in outs[1]
+
+
+def test_every_callback_of_lightning_is_known():
+    """A new one has to be added to the table above, or to this list with the reason."""
+    elsewhere = {
+        "Callback": "has no hooks",
+        "Checkpoint": "a base class",
+        "LambdaCallback": "below",
+        "ProgressBar": "a base class",
+        "WeightAveraging": "EMAWeightAveraging is one",
+        "BackboneFinetuning": "needs a module with a backbone",
+        "BaseFinetuning": "a base class",
+        "BasePredictionWriter": "a base class, for predict",
+        "ThroughputMonitor": "needs a batch size function, so it comes from Python only",
+    }
+    known = {piece.split()[0] for piece in PIECES} | elsewhere.keys()
+    assert {name for name, kind in vars(callbacks).items() if inspect.isclass(kind)} <= known
+
+
+class Watcher(Callback):
+    """A user's own callback that looks at batches."""
+
+    def __init__(self) -> None:
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+class Epochs(Callback):
+    """A user's own callback that looks at epochs."""
+
+    def __init__(self) -> None:
+        self.losses = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+
+def fit(callback, capsys, module=None, **options):
+    seed_everything(0)
+    data = FashionMNISTDataModule(batch_size=8, val_size=60)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, callbacks=callback, **quiet, **options)
+    capsys.readouterr()
+    trainer.fit(module or LitLeNet(), data)
+    return trainer, capsys.readouterr().out
+
+
+def test_own_callbacks(workdir, capsys):
+    watcher, epochs = Watcher(), Epochs()
+    _, out = fit([watcher, epochs], capsys)
+    assert len(watcher.losses) == 34
+    assert "because Watcher looks at single steps (on_train_batch_end)" in out
+    assert epochs.losses[0] == pytest.approx(
+        sum(loss * size for loss, size in zip(watcher.losses, [8] * 33 + [6], strict=True)) / 270, rel=1e-5
+    )
+    alone = Epochs()
+    _, out = fit(alone, capsys)
+    assert "steps_per_execution" not in out
+    assert alone.losses == pytest.approx(epochs.losses)
+    steps = []
+    _, out = fit(callbacks.LambdaCallback(on_train_batch_start=lambda *args: steps.append(args[-1])), capsys)
+    assert steps == list(range(34))
+
+
+def test_a_module_that_overrides_a_hook_of_the_step(workdir, capsys):
+    class Mine(LitLeNet):
+        steps = 0
+
+        def optimizer_step(self, *args, **kwargs):
+            self.steps += 1
+            super().optimizer_step(*args, **kwargs)
+
+    module = Mine()
+    _, out = fit([], capsys, module)
+    assert module.steps == 34
+    assert "because Mine overrides optimizer_step" in out
+
+
+def test_one_module_trains_with_blocks_and_without_in_turn(workdir, capsys):
+    module = LitLeNet()
+    fit([], capsys, module)
+    fit([], capsys, module, gradient_clip_val=0.5)
+    trainer, _ = fit([], capsys, module)
+    assert trainer.global_step == 34
+
+
+def test_the_rate_finder_finds_the_same_rate_step_by_step(workdir, capsys):
+    rates = []
+    for k in (50, 1):
+        seed_everything(0)
+        data, module = FashionMNISTDataModule(batch_size=8, val_size=60, steps_per_execution=k), LitLeNet()
+        trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        finder = Tuner(trainer).lr_find(module, datamodule=data, num_training=30)
+        assert all(loss == loss for loss in finder.results["loss"])
+        rates.append((finder.suggestion(), module.hparams["lr"]))
+        trainer.fit(module, data)
+        rates.append(float(trainer.callback_metrics["train_loss"]))
+    assert rates[:2] == rates[2:]
+    assert rates[0][0] == rates[0][1] != 1e-3
+
+
+def test_the_module_trains_on_anybodys_loader(workdir):
+    images, labels = torch.rand(96, 1, 28, 28), torch.randint(0, 10, (96,))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(LitLeNet(schedule="one_cycle"), loader, loader)
+    assert trainer.global_step == 24
+    assert {"train_loss", "train_acc", "val_loss", "val_acc"} <= trainer.callback_metrics.keys()
+
+
+class Anybody(LightningModule):
+    """A module that has never heard of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        assert not isinstance(batch, Block)
+        images, labels = batch
+        self.seen.append(len(labels))
+        return torch.nn.functional.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_the_data_serve_anybodys_module(workdir, capsys):
+    module = Anybody()
+    trainer, out = fit([], capsys, module)
+    assert module.seen == [8] * 33 + [6]
+    assert trainer.global_step == 34
+    assert out == ""
+
+
+def test_a_second_checkpoint_lives_beside_best_and_last(cli):
+    for piece in ("ModelCheckpoint", "ModelCheckpoint monitor=val_acc mode=max filename=best-{epoch} save_last=true"):
+        name = "plain" if piece == "ModelCheckpoint" else "monitored"
+        code, _, err = cli("fit", *TINY, *flags(piece), "--name", name)
+        assert code == 0, err
+        names = {p.name for p in Path(f"runs/{name}/version_0/checkpoints").iterdir()}
+        assert {"best.ckpt", "last.ckpt"} < names
+        code, _, err = cli("fit", *TINY, *flags(piece), "--name", name, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+        assert code == 0, err
+
+
+def test_a_checkpoint_within_an_epoch_is_written_but_no_place_to_go_on_from(cli):
+    steps = flags("ModelCheckpoint every_n_train_steps=10 save_top_k=-1")
+    assert cli("fit", *TINY, *steps)[0] == 0
+    found = sorted(int(re.search(r"step=(\d+)", p.name)[1]) for p in RUN.glob("checkpoints/*step=*"))
+    assert found == [10, 20, 30, 40, 50, 60]
+    path = next(RUN.glob("checkpoints/*step=10.ckpt"))
+    assert cli("test", "--ckpt_path", path)[0] == 0
+    code, _, err = cli("fit", "--ckpt_path", path)
+    assert code == 2
+    assert "within an epoch" in err
+
+
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_users_bar_replaces_ours(cli, bar, monkeypatch):
+    for terminal in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda answer=terminal: answer, raising=False)
+        code, _, err = cli("fit", *TINY, *flags(bar))
+        assert code == 0, err
+
+
+def test_barebones(cli):
+    code, _, err = cli("fit", *TINY, "--trainer.barebones", "true")
+    assert code == 0, err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_profilers_report_is_seen(cli, profiler, caplog):
+    caplog.set_level("INFO", "lightning.pytorch")
+    code, _, err = cli("fit", *TINY, "--trainer.max_epochs", 1, "--trainer.profiler", profiler)
+    assert code == 0, err
+    assert "run_training_batch" in caplog.text or "training_step" in caplog.text
+
+
+def test_what_was_asked_for_is_heard(spawn):
+    stop = flags("EarlyStopping monitor=val_acc patience=1 verbose=true")
+    process = spawn("fit", *TINY, "--trainer.max_epochs", 30, "--trainer.profiler", "simple", *stop)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Metric val_acc improved" in err
+    assert "Profiler Report" in err
+    assert re.search(r"^The training ended after epoch \d+: EarlyStopping: val_acc", out, re.M)
+    assert "GPU available" not in err + out
+    assert "Tip" not in err + out
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--trainer.max_steps", 40), r"trainer.max_steps=40 is reached"),
+        (("--trainer.max_time", "00:00:00:01", "--trainer.max_epochs", 100000), r"trainer.max_time=00:00:00:01 is over"),
+    ],
+)
+def test_why_a_training_ended_early(cli, options, reason):
+    code, out, err = cli("fit", *TINY, *options)
+    assert code == 0, err
+    assert re.search(rf"^The training ended after epoch \d+: {reason}$", out, re.M), out
+
+
+def test_the_command_that_began_a_run_goes_on_with_it_and_doubles_nothing(cli):
+    many = [*flags("EarlyStopping monitor=val_acc patience=20"), *flags("ModelCheckpoint every_n_epochs=1")]
+    many += [*flags("ModelCheckpoint monitor=val_loss"), "--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=logs"]
+    assert cli("fit", *TINY, *many)[0] == 0
+    before = yaml.safe_load((RUN / "config.yaml").read_text())
+    for word in ("last", "auto"):
+        code, _, err = cli("fit", *TINY, *many, "--ckpt_path", word, "--trainer.max_epochs", 3)
+        assert code == 0, err
+        after = yaml.safe_load((RUN / "config.yaml").read_text())
+        assert after["trainer"]["callbacks"] == before["trainer"]["callbacks"]
+        assert after["trainer"]["logger"] == before["trainer"]["logger"]
+    assert len(before["trainer"]["callbacks"]) == 3
+
+
+def test_what_is_said_now_counts_now(cli):
+    stop = "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc"
+    assert cli("fit", *TINY, *stop, "--trainer.callbacks.patience=30")[0] == 0
+    command = ("fit", "--ckpt_path", "last", *stop, "--trainer.callbacks.patience=2", "--trainer.max_epochs", 50)
+    code, out, err = cli(*command)
+    assert code == 0, err
+    assert "The training ended after epoch" in out
+    (callback,) = yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert callback["init_args"]["patience"] == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_configuration_can_always_be_read_back(cli):
+    assert cli("fit", *TINY, *flags("StochasticWeightAveraging swa_lrs=0.01 swa_epoch_start=1"))[0] == 0
+    assert "Unable to serialize" not in (RUN / "config.yaml").read_text()
+    code, _, err = cli("fit", "--config", RUN / "config.yaml")
+    assert code == 0, err
+    assert same(weights(LAST), weights(RUN.with_name("version_1") / "checkpoints/last.ckpt"))
+
+
+def test_own_checkpoint_from_python(workdir, capsys):
+    kept = ModelCheckpoint(dirpath="mine", every_n_train_steps=10, save_top_k=-1)
+    seed_everything(0)
+    trainer = Trainer(max_epochs=1, callbacks=kept, logger=False, enable_progress_bar=False)
+    trainer.fit(LitLeNet(), FashionMNISTDataModule(batch_size=8, val_size=60))
+    assert sorted(p.name for p in Path("mine").iterdir()) == [f"epoch=0-step={n}.ckpt" for n in (10, 20, 30)]
