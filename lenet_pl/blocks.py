@@ -203,7 +203,11 @@ def adam_step(optimizer: Adam, loss: Tensor) -> None:
     """
     group = optimizer.param_groups[0]
     states = [optimizer.state[parameter] for parameter in group["params"]]
-    gradients = list(torch.autograd.grad(loss, group["params"]))
+    gradients = []
+    for parameter, gradient in zip(group["params"], torch.autograd.grad(loss, group["params"]), strict=True):
+        if gradient.stride() != parameter.stride():  # fused Adam reads both as they lie in memory
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        gradients.append(gradient)
     beta1, beta2 = group["betas"]
     options = ("foreach", "fused", "decoupled_weight_decay", "amsgrad", "lr", "weight_decay", "eps", "maximize")
     adam(

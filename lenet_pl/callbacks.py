@@ -9,7 +9,7 @@ from typing import Any
 import rich
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Column, Table
@@ -157,15 +157,16 @@ def _arguments(kind: type) -> set[str]:
 
 def _reason(trainer: Trainer) -> str | None:
     """Says why a training ended before ``max_epochs``, or returns None if it did not."""
+    if trainer.global_step == trainer.max_steps:
+        return f"trainer.max_steps={trainer.max_steps} is reached"
     if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            best = f"{callback.monitor} was best at {float(callback.best_score):.4f}"
-            return f"EarlyStopping: {best} and has not improved since"
-    if trainer.global_step == trainer.max_steps:
-        return f"trainer.max_steps={trainer.max_steps} is reached"
-    return "a callback, such as the clock of trainer.max_time, asked for it"
+            return f"EarlyStopping: {callback.stopping_reason_message}"
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+            return "its time is over (trainer.max_time)"
+    return "a callback asked for it"
 
 
 def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:

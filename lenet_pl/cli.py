@@ -237,7 +237,7 @@ class CLI(LightningCLI):
 
     def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
-        config = self.config.clone()
+        config = configs.plain(self.config)
         config.name, config.ckpt_path = name, None
         config.pop("config", None)
         with warnings.catch_warnings():

@@ -2,6 +2,8 @@
 
 import difflib
 import re
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +119,21 @@ def take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
 
 def with_home_folders(settings: Any) -> Any:
     """Expands ``~`` at the beginning of any text: no other text begins so."""
+    return _changed(settings, lambda text: str(Path(text).expanduser()) if re.match(r"~[\w.-]*(/|$)", text) else text)
+
+
+def plain(settings: Any) -> Any:
+    """Replaces enumerations, which stand in signatures as defaults, by their text: YAML cannot hold them."""
+    return _changed(settings, lambda text: str(text.value) if isinstance(text, Enum) else text)
+
+
+def _changed(settings: Any, change: Callable[[str], str]) -> Any:
+    """Applies ``change`` to each text in settings."""
     if isinstance(settings, Namespace):
-        for key, value in vars(settings).items():
-            settings[key] = with_home_folders(value)
-    elif isinstance(settings, list):
-        return [with_home_folders(value) for value in settings]
-    elif isinstance(settings, str) and re.match(r"~[\w.-]*(/|$)", settings):
-        return str(Path(settings).expanduser())
-    return settings
+        return Namespace(**{key: _changed(value, change) for key, value in vars(settings).items()})
+    if isinstance(settings, list):
+        return [_changed(value, change) for value in settings]
+    return change(settings) if isinstance(settings, str) else settings
 
 
 def joined(stored: Any, given: Any) -> Any:

@@ -63,7 +63,7 @@ class LitLeNet(LightningModule):
                 raise UsageError(f"model.{name}={value!r}: expected {expected}")
         self.save_hyperparameters()
         try:
-            self.net = LeNet5(variant, dropout, init).to(memory_format=torch.channels_last)
+            self.net = LeNet5(variant, dropout, init)
         except ValueError as error:
             raise UsageError(f"model.{error}") from None
         self.metrics: Any = nn.ModuleDict()
@@ -103,9 +103,7 @@ class LitLeNet(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Fixes the length of the schedule, and sums the training loss in float64.
-
-        In float64 the sum does not depend on the order in which blocks and processes add to it.
+        """Fixes the length of the schedule.
 
         Raises:
             UsageError: If ``one_cycle`` has no end to go to.
@@ -115,12 +113,17 @@ class LitLeNet(LightningModule):
             raise UsageError(
                 "model.schedule='one_cycle': expected trainer.max_epochs or trainer.max_steps, at which it ends"
             )
-        if self.device.type != "mps":  # MPS has no float64
-            self.metrics["train_loss"].set_dtype(torch.float64)  # not earlier: a move to the device would undo it
 
     def on_train_epoch_start(self) -> None:
         """Seeds dropout by the epoch, so that a resumed epoch draws the masks of an undisturbed one."""
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))
+        if self.device.type != "mps":  # which has no float64
+            # In float64 the sum of the losses does not depend on the order in which blocks and processes add to it.
+            self.metrics["train_loss"].set_dtype(torch.float64)  # torchmetrics forgets it after each epoch
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the kind of optimization, which the loader chooses for each training, as it was."""
+        self.automatic_optimization = True
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of an optimizer step, counted from 0."""

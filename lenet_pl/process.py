@@ -79,6 +79,7 @@ def quiet() -> None:
         "Be aware that when using `ckpt_path`",  # a checkpoint names the callbacks of fit, which test has not
         ".*does not have many workers",  # data in memory need none
         "GPU available but not used",  # the user said so
+        "You are trying to `self.log",  # with barebones, where nothing is logged
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"

@@ -26,11 +26,11 @@ PIECES = {  # flags, and whether blocks give way
     "ModelCheckpoint monitor=val_loss save_last=true": False,
     "StochasticWeightAveraging swa_lrs=0.01 swa_epoch_start=1": True,
     "EMAWeightAveraging decay=0.9": True,
-    "GradientAccumulationScheduler scheduling={0:2}": True,
+    "GradientAccumulationScheduler scheduling={\"0\":2}": True,
     "LearningRateFinder num_training_steps=20": False,  # in its own steps alone
     "BatchSizeFinder max_trials=2 steps_per_trial=2": False,
     "LearningRateMonitor": True,
-    "DeviceStatsMonitor": True,
+    "DeviceStatsMonitor cpu_stats=false": True,
     "EarlyStopping monitor=val_acc": False,
     "Timer duration=01:00:00:00": False,
     "RichModelSummary": False,
@@ -79,6 +79,7 @@ def test_every_callback_of_lightning_is_known():
         "BackboneFinetuning": "needs a module with a backbone",
         "BaseFinetuning": "a base class",
         "BasePredictionWriter": "a base class, for predict",
+        "SpikeDetection": "Lightning 2.6.6 cannot save its state: it has no attribute 'running'",
         "ThroughputMonitor": "needs a batch size function, so it comes from Python only",
     }
     known = {piece.split()[0] for piece in PIECES} | elsewhere.keys()
@@ -108,7 +109,7 @@ class Epochs(Callback):
 def fit(callback, capsys, module=None, **options):
     seed_everything(0)
     data = FashionMNISTDataModule(batch_size=8, val_size=60)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=1, callbacks=callback, **quiet, **options)
     capsys.readouterr()
     trainer.fit(module or LitLeNet(), data)
@@ -165,7 +166,8 @@ def test_the_rate_finder_finds_the_same_rate_step_by_step(workdir, capsys):
         rates.append((finder.suggestion(), module.hparams["lr"]))
         trainer.fit(module, data)
         rates.append(float(trainer.callback_metrics["train_loss"]))
-    assert rates[:2] == rates[2:]
+    assert rates[0] == rates[2]
+    assert rates[1] == pytest.approx(rates[3], rel=1e-7)
     assert rates[0][0] == rates[0][1] != 1e-3
 
 
@@ -191,6 +193,9 @@ class Anybody(LightningModule):
         images, labels = batch
         self.seen.append(len(labels))
         return torch.nn.functional.cross_entropy(self.net(images), labels)
+
+    def validation_step(self, batch, batch_idx):
+        assert batch[0].shape[1:] == (1, 28, 28)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -248,7 +253,7 @@ def test_a_profilers_report_is_seen(cli, profiler, caplog):
     caplog.set_level("INFO", "lightning.pytorch")
     code, _, err = cli("fit", *TINY, "--trainer.max_epochs", 1, "--trainer.profiler", profiler)
     assert code == 0, err
-    assert "run_training_batch" in caplog.text or "training_step" in caplog.text
+    assert "run_training_batch" in caplog.text or "Self CPU time total" in caplog.text
 
 
 def test_what_was_asked_for_is_heard(spawn):
@@ -258,7 +263,7 @@ def test_what_was_asked_for_is_heard(spawn):
     assert process.returncode == 0, err
     assert "Metric val_acc improved" in err
     assert "Profiler Report" in err
-    assert re.search(r"^The training ended after epoch \d+: EarlyStopping: val_acc", out, re.M)
+    assert re.search(r"^The training ended after epoch \d+: EarlyStopping: Monitored metric val_acc did not improve", out, re.M)
     assert "GPU available" not in err + out
     assert "Tip" not in err + out
 
@@ -267,7 +272,7 @@ def test_what_was_asked_for_is_heard(spawn):
     ("options", "reason"),
     [
         (("--trainer.max_steps", 40), r"trainer.max_steps=40 is reached"),
-        (("--trainer.max_time", "00:00:00:01", "--trainer.max_epochs", 100000), r"trainer.max_time=00:00:00:01 is over"),
+        (("--trainer.max_time", "00:00:00:01", "--trainer.max_epochs", 100000), r"its time is over \(trainer.max_time\)"),
     ],
 )
 def test_why_a_training_ended_early(cli, options, reason):
