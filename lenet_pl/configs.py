@@ -49,7 +49,7 @@ def read_in(args: list[str]) -> tuple[list[str], str | None]:
 
 
 def read(name: str) -> str:
-    """Returns the text of a config file after checking that it holds settings.
+    """Returns a config file as YAML in ASCII, which every locale can handle, after checking that it holds settings.
 
     Args:
         name: A file, or a recipe's name such as ``best`` or ``best.yaml``.
@@ -78,7 +78,7 @@ def read(name: str) -> str:
         if key.value in ("trainer", "model", "data") and not isinstance(value, yaml.MappingNode):
             raise UsageError(f"{place} has no settings; {_EXPECTED}")
         seen.add(key.value)
-    return text
+    return str(yaml.serialize(tree, Dumper=yaml.SafeDumper, allow_unicode=False))
 
 
 def _find(name: str) -> Path:

@@ -26,7 +26,7 @@ PIECES = {  # flags, and whether blocks give way
     "ModelCheckpoint monitor=val_loss save_last=true": False,
     "StochasticWeightAveraging swa_lrs=0.01 swa_epoch_start=1": True,
     "EMAWeightAveraging decay=0.9": True,
-    "GradientAccumulationScheduler scheduling={\"0\":2}": True,
+    'GradientAccumulationScheduler scheduling={"0":2}': True,
     "LearningRateFinder num_training_steps=20": False,  # in its own steps alone
     "BatchSizeFinder max_trials=2 steps_per_trial=2": False,
     "LearningRateMonitor": True,
@@ -109,7 +109,12 @@ class Epochs(Callback):
 def fit(callback, capsys, module=None, **options):
     seed_everything(0)
     data = FashionMNISTDataModule(batch_size=8, val_size=60)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(max_epochs=1, callbacks=callback, **quiet, **options)
     capsys.readouterr()
     trainer.fit(module or LitLeNet(), data)
@@ -216,7 +221,9 @@ def test_a_second_checkpoint_lives_beside_best_and_last(cli):
         assert code == 0, err
         names = {p.name for p in Path(f"runs/{name}/version_0/checkpoints").iterdir()}
         assert {"best.ckpt", "last.ckpt"} < names
-        code, _, err = cli("fit", *TINY, *flags(piece), "--name", name, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+        code, _, err = cli(
+            "fit", *TINY, *flags(piece), "--name", name, "--ckpt_path", "last", "--trainer.max_epochs", 3
+        )
         assert code == 0, err
 
 
@@ -263,7 +270,9 @@ def test_what_was_asked_for_is_heard(spawn):
     assert process.returncode == 0, err
     assert "Metric val_acc improved" in err
     assert "Profiler Report" in err
-    assert re.search(r"^The training ended after epoch \d+: EarlyStopping: Monitored metric val_acc did not improve", out, re.M)
+    assert re.search(
+        r"^The training ended after epoch \d+: EarlyStopping: Monitored metric val_acc did not improve", out, re.M
+    )
     assert "GPU available" not in err + out
     assert "Tip" not in err + out
 
@@ -272,7 +281,10 @@ def test_what_was_asked_for_is_heard(spawn):
     ("options", "reason"),
     [
         (("--trainer.max_steps", 40), r"trainer.max_steps=40 is reached"),
-        (("--trainer.max_time", "00:00:00:01", "--trainer.max_epochs", 100000), r"its time is over \(trainer.max_time\)"),
+        (
+            ("--trainer.max_time", "00:00:00:01", "--trainer.max_epochs", 100000),
+            r"its time is over \(trainer.max_time\)",
+        ),
     ],
 )
 def test_why_a_training_ended_early(cli, options, reason):
@@ -283,7 +295,11 @@ def test_why_a_training_ended_early(cli, options, reason):
 
 def test_the_command_that_began_a_run_goes_on_with_it_and_doubles_nothing(cli):
     many = [*flags("EarlyStopping monitor=val_acc patience=20"), *flags("ModelCheckpoint every_n_epochs=1")]
-    many += [*flags("ModelCheckpoint monitor=val_loss"), "--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=logs"]
+    many += [
+        *flags("ModelCheckpoint monitor=val_loss"),
+        "--trainer.logger+=CSVLogger",
+        "--trainer.logger.save_dir=logs",
+    ]
     assert cli("fit", *TINY, *many)[0] == 0
     before = yaml.safe_load((RUN / "config.yaml").read_text())
     for word in ("last", "auto"):

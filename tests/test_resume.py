@@ -1,4 +1,4 @@
-"""A run that is killed or stopped anywhere goes on from its last finished epoch and ends as one that was not, bit by bit."""
+"""A run that is stopped anywhere goes on from its last finished epoch, and ends as an undisturbed one, bit by bit."""
 
 import csv
 import json

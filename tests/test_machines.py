@@ -1,0 +1,218 @@
+"""Other people's machines: notebooks, odd names, home folders, locales, closed streams, busy cores."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, same, weights
+
+from lenet_pl.callbacks import RunFolder
+
+TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 1)
+RECIPE = "trainer: {max_epochs: 1}\ndata: {val_size: 60, batch_size: 8}\n"
+RUN = Path("runs/lenet/version_0")
+
+
+def rows(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Notebooks
+
+
+@pytest.mark.report
+def test_the_backend_of_a_notebook_that_is_not_installed_here(spawn):
+    env = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline", "PYTHONPATH": str(ROOT)}
+    for command in (("fit", *TINY), ("report",), ("predict",)):
+        process = spawn(*command, env=env)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, ""), err
+    assert (RUN / "curves.png").exists()
+
+
+def test_from_a_thread(workdir, cli):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(cli("fit", *TINY)))
+    thread.start()
+    thread.join(timeout=120)
+    ((code, _, err),) = results
+    assert (code, err) == (0, "")
+
+
+def test_twice_in_one_process_as_a_notebook_does(cli):
+    assert cli("fit", *TINY)[0] == 0
+    assert cli("fit", *TINY, "--name", "again")[0] == 0
+    assert same(weights(RUN / "checkpoints/last.ckpt"), weights("runs/again/version_0/checkpoints/last.ckpt"))
+
+
+# Names and folders
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["my recipe.yaml", "lenet (copy).yaml", "lenet@home.yaml", "größe.yaml", "a'b.yaml", "$HOME.yaml", "[x].yaml"],
+)
+def test_a_config_file_may_have_any_name(cli, workdir, name):
+    Path(name).write_text(RECIPE)
+    code, out, err = cli("fit", "--config", name)
+    assert (code, err) == (0, "")
+    folder = Path("runs") / Path(name).stem / "version_0"
+    assert (folder / "test.json").exists()
+    (line,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    shown = subprocess.run(
+        ["sh", "-c", line.replace("next: python -m lenet_pl", "printf '%s\\n'")], capture_output=True
+    )
+    assert shown.stdout.decode().splitlines() == ["test", "--ckpt_path", str(folder / "checkpoints/best.ckpt")]
+    code, _, err = cli("fit", "--config", name, "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert (code, err) == (0, "")
+    assert len(rows(folder)) == 2
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(cli, workdir, monkeypatch, tiny):
+    home = workdir / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "images").symlink_to(tiny[0])
+    (home / "r.yaml").write_text(f"{RECIPE}name: x\n")
+    Path("mine.yaml").write_text(
+        "trainer:\n  max_epochs: 1\n  default_root_dir: ~/here\n  callbacks:\n  - class_path: ModelCheckpoint\n"
+        "    init_args: {dirpath: ~/kept}\ndata: {val_size: 60, batch_size: 8, data_dir: ~/images}\n"
+    )
+    code, _, err = cli("fit", "--config", "mine.yaml")
+    assert (code, err) == (0, "")
+    assert (home / "here/runs/mine/version_0/test.json").exists()
+    assert list((home / "kept").iterdir())
+    code, _, err = cli("fit", "--config=~/r.yaml", "--data.data_dir=~/images", "--trainer.default_root_dir", "~/there")
+    assert (code, err) == (0, "")
+    best = "~/there/runs/x/version_0/checkpoints/best.ckpt"
+    assert cli("test", f"--ckpt_path={best}")[0] == 0
+    assert cli("predict", "--ckpt_path", best, "--output=~/out")[0] == 0
+    assert (home / "out/predictions.csv").exists()
+    assert not Path("~").exists()
+
+
+def test_utf8_whatever_the_locale(spawn, workdir):
+    (workdir / "plain.yaml").write_text(f"# Größe ≤ 3 – für alle\n{RECIPE}", encoding="utf-8")
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    for config in ("plain.yaml", str(ROOT / "configs/lenet.yaml")):
+        process = spawn("fit", "--config", config, *TINY, env=env)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+    saved = yaml.safe_load((workdir / "runs/plain/version_0/config.yaml").read_text(encoding="utf-8"))
+    assert saved["data"]["val_size"] == 60
+
+
+# Streams
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_process_without_streams_runs_silently(workdir, tiny, closed):
+    code = f"import sys; from lenet_pl import download; download.FILES = {tiny[1]!r}\n"
+    code += "from lenet_pl.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    Path("run.py").write_text(code)
+    command = f"{sys.executable} run.py fit {' '.join(map(str, TINY))} {closed}"
+    done = subprocess.run(command, shell=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0
+    assert json.loads((RUN / "test.json").read_text())["n"] == 53
+    torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+
+
+# Threads
+
+
+def test_threads_belong_to_the_run(cli):
+    code, _, err = cli("fit", *TINY, "--threads", 2)
+    assert code == 0, err
+    assert torch.get_num_threads() == 2
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["threads"] == 2
+    torch.set_num_threads(1)
+    assert cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2)[0] == 0
+    assert torch.get_num_threads() == 2
+    assert cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3, "--threads", 1)[0] == 0
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["threads"] == 1
+
+
+@pytest.mark.parametrize(("available", "used"), [(1, 1), (3, 3), (64, 4)])
+def test_no_more_threads_than_gain_something(cli, available, used):
+    torch.set_num_threads(available)
+    assert cli("fit", *TINY, "--test", "false")[0] == 0
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["threads"] == used
+
+
+def test_an_epoch_that_takes_three_times_the_fastest_is_mentioned_once(capsys):
+    torch.set_num_threads(2)
+    folder = RunFolder(Path("runs/x"), "")
+    for seconds in (5.0, 4.0, 11.0, 13.0, 4.0, 40.0):
+        folder._warn_if_slow(seconds)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("This epoch took 3 times as long as the fastest one")
+    assert "--threads 1" in line
+    torch.set_num_threads(1)
+    folder = RunFolder(Path("runs/x"), "")
+    for seconds in (4.0, 40.0):
+        folder._warn_if_slow(seconds)
+    assert capsys.readouterr().out == ""
+
+
+# The right run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--trainer.precision", "bf16-mixed"),
+        ("--trainer.precision", "64-true"),
+        ("--trainer.precision", "bf16-true"),
+        ("--data.mean", 0, "--data.std", 1),
+        ("--model.variant", "classic"),
+        ("--data.val_size", 0),
+        ("--data.split_seed", 3, "--seed_everything", 9),
+        (
+            "--model.dropout",
+            0.3,
+            "--model.label_smoothing",
+            0.1,
+            "--model.schedule",
+            "one_cycle",
+            "--data.flip",
+            "true",
+        ),
+        ("--trainer.max_epochs", 3, "--data.batch_size", 16),
+    ],
+)
+def test_what_fit_prints_for_a_checkpoint_is_what_test_says_of_it(cli, flags):
+    code, out, err = cli("fit", *TINY, *flags)
+    assert code == 0, err
+    printed = [line for line in out.splitlines() if line.startswith("Test accuracy")]
+    before = (RUN / "test.json").read_bytes()
+    for command in (("test",), ("test", "--ckpt_path", json.loads(before)["ckpt_path"])):
+        code, out, err = cli(*command)
+        assert code == 0, err
+        assert [line for line in out.splitlines() if line.startswith("Test accuracy")] == printed
+        assert (RUN / "test.json").read_bytes() == before
+    if "--data.val_size" not in flags:
+        best = max(rows(RUN), key=lambda row: float(row["val_acc"]))
+        _, out, _ = cli("validate")
+        assert f"val_acc {float(best['val_acc']):.2%}  val_loss {float(best['val_loss']):.4f}" in out
+
+
+def test_a_recipe_named_on_resume_means_its_own_newest_run(cli):
+    Path("a.yaml").write_text(RECIPE)
+    Path("b.yaml").write_text(RECIPE + "model: {lr: 0.01}\n")
+    for name in ("a", "b"):
+        assert cli("fit", "--config", f"{name}.yaml")[0] == 0
+    code, out, err = cli("fit", "--config", "a.yaml", "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert code == 0, err
+    assert [len(rows(Path(f"runs/{name}/version_0"))) for name in ("a", "b")] == [2, 1]
+    code, out, _ = cli("test", "--name", "b")
+    assert "checkpoint: runs/b/version_0/checkpoints/best.ckpt" in out
