@@ -26,6 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.adam import Adam, adam
 
+from lenet_pl.graph import StepGraph
+
 # A callback that overrides one of these sees, or changes, how single steps are taken.
 _CALLBACK_HOOKS = (
     "on_train_epoch_start",
@@ -155,7 +157,10 @@ def total_steps(trainer: Trainer) -> float:
 
 
 def run(
-    module: LightningModule, block: Block, forward: Callable[[Any], tuple[Tensor, Tensor]]
+    module: LightningModule,
+    block: Block,
+    forward: Callable[[Any], tuple[Tensor, Tensor]],
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Takes an optimizer step on each mini-batch of a block.
 
@@ -163,6 +168,7 @@ def run(
         module: The module, in its ``training_step``; its single optimizer is an ``Adam`` or any other.
         block: The mini-batches, on the module's device.
         forward: Returns the outputs ``[B, …]`` and the mean loss of a mini-batch of B samples.
+        compiled: Whether a GPU may run fused kernels, see :class:`StepGraph`.
 
     Returns:
         The outputs of all mini-batches, one below the other, and their losses, ``[K]``; both without gradients.
@@ -172,20 +178,27 @@ def run(
     one_process = trainer.world_size == 1 and len(optimizer.param_groups) == 1
     counts, all_outputs, losses = _counts(trainer), [], []
     for batch in block:
-        outputs, loss = forward(batch)
-        if isinstance(optimizer, Adam) and one_process and optimizer.state:
-            module.on_before_optimizer_step(optimizer)
-            adam_step(optimizer, loss)
-        else:  # the first step makes Adam's state; several processes sum their gradients in Lightning's backward
+        if not (isinstance(optimizer, Adam) and one_process and optimizer.state):
+            # The first step makes Adam's state; several processes sum their gradients in Lightning's backward.
+            outputs, loss = forward(batch)
             optimizer.zero_grad()
             module.manual_backward(loss)
             module.on_before_optimizer_step(optimizer)
             optimizer.step()
+        elif module.device.type == "cuda":
+            module.on_before_optimizer_step(optimizer)
+            if not hasattr(optimizer, "graph"):
+                optimizer.graph = StepGraph(optimizer, forward, adam, compiled)  # type: ignore[attr-defined]
+            outputs, loss = optimizer.graph(batch)  # type: ignore[attr-defined]
+        else:
+            outputs, loss = forward(batch)
+            module.on_before_optimizer_step(optimizer)
+            adam_step(optimizer, loss)
         for count in counts:
             count.increment_by(1)
         torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the step
-        all_outputs.append(outputs.detach().clone())  # the next run of a compiled net may overwrite its outputs
-        losses.append(loss.detach().clone())
+        all_outputs.append(outputs.detach())
+        losses.append(loss.detach())
     trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
     return torch.cat(all_outputs), torch.stack(losses)
 

@@ -16,7 +16,7 @@ class Conv2d(nn.Conv2d):
         if not x.is_cpu or torch.compiler.is_compiling():
             return super().forward(x)
         weight = self.weight.to(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 class AvgPool2d(nn.AvgPool2d):

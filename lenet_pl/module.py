@@ -68,7 +68,7 @@ class LitLeNet(LightningModule):
             raise UsageError(f"model.{error}") from None
         self.metrics: Any = nn.ModuleDict()
         for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy=float("inf"))  # a NaN shows as inf
+            self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")  # a search for NaN waits for the GPU
             self.metrics[f"{stage}_acc"] = MulticlassAccuracy(10, average="micro", validate_args=False)
         self.seed = 0
 
@@ -89,7 +89,7 @@ class LitLeNet(LightningModule):
         if stage != "fit":
             return
         self.seed = torch.initial_seed() % 2**63
-        if self.hparams["compile"]:
+        if self.hparams["compile"] and self.trainer.strategy.root_device.type == "cpu":  # on a GPU blocks.run does it
             self.net.compile()
 
     def configure_optimizers(self) -> Optimizer:
@@ -144,13 +144,13 @@ class LitLeNet(LightningModule):
     def training_step(self, batch: Batch | blocks.Block, batch_idx: int) -> Tensor | None:
         """Returns the loss of a mini-batch; of a block it takes all optimizer steps itself."""
         if isinstance(batch, blocks.Block):
-            logits, losses = blocks.run(self, batch, self._logits_and_loss)
-            labels = torch.cat([labels for _, labels in batch])
+            logits, losses = blocks.run(self, batch, self._logits_and_loss, self.hparams["compile"])
             sizes = torch.tensor([len(labels) for _, labels in batch], device=self.device)
-            self._log("train", logits, losses, labels, sizes)
+            labels = torch.cat([labels for _, labels in batch])
+            self._log("train", logits, losses.repeat_interleave(sizes, output_size=len(labels)), labels)
             return None
         logits, loss = self._logits_and_loss(batch)
-        self._log("train", logits.detach(), loss.detach(), batch[1])
+        self._log("train", logits.detach(), loss.detach().expand(len(batch[1])), batch[1])
         return loss
 
     def _logits_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -176,20 +176,19 @@ class LitLeNet(LightningModule):
         images, labels = batch
         with torch.autocast(self.device.type, enabled=False):  # mixed precision is for training alone
             logits = self(images)
-            self._log(stage, logits, F.cross_entropy(logits, labels), labels)
+            self._log(stage, logits, F.cross_entropy(logits, labels, reduction="none"), labels)
 
-    def _log(self, stage: str, logits: Tensor, loss: Tensor, labels: Tensor, sizes: Tensor | None = None) -> None:
-        """Adds mini-batches to the epoch's metrics.
+    def _log(self, stage: str, logits: Tensor, losses: Tensor, labels: Tensor) -> None:
+        """Adds N images to the epoch's metrics.
 
         Args:
             stage: ``train``, ``val`` or ``test``.
             logits: ``[N, 10]``.
-            loss: The mean loss of one mini-batch of N images, or of K mini-batches, ``[K]``.
+            losses: The loss of each image, or the mean one of its mini-batch, ``[N]``.
             labels: ``[N]``.
-            sizes: The images in each of the K mini-batches, ``[K]``.
         """
         metrics: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_acc")}
-        metrics[f"{stage}_loss"].update(loss, len(labels) if sizes is None else sizes)
+        metrics[f"{stage}_loss"].update(losses)
         metrics[f"{stage}_acc"].update(logits, labels)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 

@@ -1,0 +1,138 @@
+"""Optimizer steps on a GPU: the graph takes the same steps. Without a GPU its logic alone is tested, graph-free."""
+
+import contextlib
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import same, weights
+from torch.optim.adam import Adam, adam
+
+from lenet_pl import LeNet5
+from lenet_pl.graph import StepGraph
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA")
+TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 3)
+RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2, "--model.schedule", "one_cycle")
+EXACT = ("--trainer.deterministic", "true")
+
+
+class Replayed:
+    """Stands for a CUDA graph: the first replay follows a recording that has, without a GPU, taken the step already."""
+
+    owner = None
+
+    def __init__(self):
+        self.recorded = True
+
+    def replay(self):
+        if not self.recorded:
+            results = self.owner._step(self.owner.batch, self.owner.fast_forward, self.owner.fast_update)
+            for buffer, value in zip(self.owner.results, results, strict=True):
+                buffer.copy_(value)
+        self.recorded = False
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_its_steps_are_those_of_adam(monkeypatch, decay):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    torch.manual_seed(0)
+    net = LeNet5()
+    other = LeNet5()
+    other.load_state_dict(net.state_dict())
+    batches = [(torch.rand(n, 1, 28, 28), torch.randint(0, 10, (n,))) for n in (8, 8, 8, 8, 5, 8, 8)]
+    rates = [0.001, 0.002, 0.004, 0.003, 0.001, 0.002, 0.005]
+
+    def forward_of(net):
+        def forward(batch):
+            logits = net(batch[0])
+            return logits, F.cross_entropy(logits, batch[1])
+
+        return forward
+
+    optimizers = [
+        Adam(n.parameters(), fused=True, weight_decay=decay, decoupled_weight_decay=True) for n in (net, other)
+    ]
+    quick = None
+    for batch, rate in zip(batches, rates, strict=True):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+        logits, loss = forward_of(other)(batch)
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+        if not optimizers[0].state:
+            forward_of(net)(batch)[1].backward()
+            optimizers[0].step()
+            continue
+        if quick is None:
+            quick = Replayed.owner = StepGraph(optimizers[0], forward_of(net), adam, compiled=False)
+        outputs, value = quick(batch)
+        torch.testing.assert_close(outputs, logits.detach())
+        torch.testing.assert_close(value, loss.detach())
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert [int(states[0][k]["step"]) for k in states[0]] == [int(states[1][k]["step"]) for k in states[1]] == [7] * 10
+
+
+def rows(name):
+    with Path(f"runs/{name}/version_0/results.csv").open(newline="") as file:
+        return [row | {"seconds": ""} for row in csv.DictReader(file)]
+
+
+def last(name):
+    return f"runs/{name}/version_0/checkpoints/last.ckpt"
+
+
+@gpu
+def test_blocks_and_single_steps_give_the_same_bits(cli):
+    for k in (1, 7, 50):
+        code, _, err = cli("fit", *TINY, *RICH, *EXACT, "--data.steps_per_execution", k, "--name", f"k{k}")
+        assert code == 0, err
+    assert same(weights(last("k1")), weights(last("k50")))
+    assert same(weights(last("k7")), weights(last("k50")))
+
+
+@gpu
+def test_a_resumed_run_ends_with_the_same_bits(cli):
+    assert cli("fit", *TINY, *EXACT, "--model.dropout", 0.2, "--name", "a")[0] == 0
+    code, _, err = cli("fit", "--name", "a", "--ckpt_path", "last", "--trainer.max_epochs", 4)
+    assert code == 0, err
+    assert cli("fit", *TINY, *EXACT, "--model.dropout", 0.2, "--trainer.max_epochs", 4, "--name", "b")[0] == 0
+    assert same(weights(last("a")), weights(last("b")))
+    assert rows("a") == rows("b")
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision(cli, precision):
+    code, _, err = cli("fit", *TINY, "--trainer.precision", precision)
+    assert code == 0, err
+    assert float(rows("lenet")[-1]["train_acc"]) > 0.5
+
+
+@gpu
+def test_a_compiled_step_is_the_same_within_tolerance(cli):
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        code, _, err = cli("fit", *TINY, "--model.compile", compiled, "--name", name, "--trainer.max_epochs", 1)
+        assert code == 0, err
+    for name in ("train_loss", "val_loss"):
+        assert float(rows("plain")[0][name]) == pytest.approx(float(rows("compiled")[0][name]), abs=0.02)
+
+
+@gpu
+def test_one_epoch_is_that_of_the_cpu(cli):
+    for name in ("cpu", "gpu"):
+        code, _, err = cli("fit", *TINY, "--trainer.accelerator", name, "--trainer.max_epochs", 1, "--name", name)
+        assert code == 0, err
+    for ours, theirs in zip(weights(last("gpu")).values(), weights(last("cpu")).values(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0.01)
+    results = []
+    for accelerator in ("cpu", "gpu"):  # a checkpoint scores the same on both
+        assert cli("test", "--ckpt_path", last("gpu"), "--trainer.accelerator", accelerator)[0] == 0
+        results.append(Path("runs/gpu/version_0/test.json").read_text())
+    assert results[0].split("test_loss")[0] == results[1].split("test_loss")[0]
