@@ -1,12 +1,13 @@
 """Measures lenet_pl beside hand-written PyTorch loops, stock Lightning and the article's Keras script.
 
-    python scripts/benchmark.py [--quick] [--rounds N] [--threads N] [--accelerator gpu]
+    python scripts/benchmark.py [--quick] [--rounds N] [--threads N] [--accelerator gpu] [--busy]
     python scripts/benchmark.py --linearity
 
 Training: every contestant trains the same net at batch 32 with Adam on 55,000 images in a new order each epoch, keeps
 the running loss and accuracy, and validates on the other 5,000 after the epoch. With --quick half and half.
 
 - lenet_pl: the command ``fit --config configs/lenet.yaml``: metrics, checkpoints, results.csv, TensorBoard, all on
+- lenet_pl, compiled: on a GPU, the same with ``--model.compile true``
 - plain loop: PyTorch as most write it: tensors in memory, an index per batch, ``.item()`` for loss and accuracy
 - best loop: the quickest we know: also channels_last, fused Adam, shuffled in one go, metrics at the epoch's end
 - stock Lightning: torchvision's dataset and transforms, DataLoader, torchmetrics; bar, logger and checkpoint by default
@@ -23,12 +24,15 @@ epoch with its validation divided by its steps; memory is the process's peak, re
 accuracies differ from lenet_pl's by over three standard errors, somebody trains something else: the comparison is void,
 and this ends with exit code 1.
 
+With --busy another program, which this one starts, keeps one core busy all the time.
+
 Time to accuracy: ``fit --config configs/fast.yaml`` once a round, from process start and from the first step to the end
 of the last epoch; each run must then score the article's 90.67 % on the test set. Inference: images per second, from
 uint8 pixels in memory to classes. Linearity: ``fit`` on 1/6, 2/6, 4/6 and all training images, without validation.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import json
@@ -124,8 +128,9 @@ def fit(recipe: str, args: argparse.Namespace, *options: str) -> Run:
 
 def contest(name: str, args: argparse.Namespace, seed: int) -> Run:
     """Runs one contestant."""
-    if name == "lenet_pl":
+    if name.startswith("lenet_pl"):
         options = ("--trainer.max_epochs", str(args.epochs), "--data.val_size", str(args.val_size))
+        options += ("--model.compile", "true") if "compiled" in name else ()
         return fit("lenet", args, *options, "--seed_everything", str(seed))
     script = str(Path(__file__).with_name("contestants.py").resolve())
     command = [args.keras if name == "Keras" else sys.executable, script, name, "--seed", str(seed)]
@@ -142,7 +147,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def training(args: argparse.Namespace, images: int) -> dict[str, Any]:
     """Lets the contestants run, prints the table, and returns its content by contestant."""
-    names = ["lenet_pl", "plain loop", "best loop", "stock Lightning", *(["Keras"] if args.keras else [])]
+    names = ["lenet_pl", "plain loop", "best loop", "stock Lightning"]
+    names += ["lenet_pl, compiled"] if args.accelerator == "gpu" else []
+    names += ["Keras"] if args.keras else []
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for r in range(args.rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
@@ -229,6 +236,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: the libraries' choice)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="of stock Lightning's DataLoader (default 0)")
+    parser.add_argument("--busy", action="store_true", help="keep one core busy with another program")
     parser.add_argument("--linearity", action="store_true", help="time per image by number of images, nothing else")
     here = sys.executable if find_spec("keras") else None
     parser.add_argument("--keras", metavar="PYTHON", default=here, help="one that has keras (default: this, if it has)")
@@ -259,7 +267,10 @@ def main() -> int:
         **{name: version(name) for name in ("torch", "torchvision", "lightning")},
     }
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    result: dict[str, Any] = {"machine": machine, "rounds": args.rounds, "epochs": args.epochs}
+    result: dict[str, Any] = {"machine": machine, "rounds": args.rounds, "epochs": args.epochs, "busy": args.busy}
+    if args.busy:
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        atexit.register(other.kill)
     faults = []
     if args.linearity:
         result["linearity"] = linearity(args, total)
