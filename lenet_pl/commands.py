@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.cli import CLI, TRAINER_DEFAULTS
+from lenet_pl.cli import CLI
 from lenet_pl.errors import UsageError, tell
 from lenet_pl.names import one_line
 
@@ -121,7 +121,7 @@ def report(cli: CLI, path: Path | None = None) -> None:
 
     if cli.trainer.is_global_zero:
         cli.model.to(cli.trainer.strategy.root_device)
-        say(f"report: {one_line(app.write(path or cli.path, cli.model, cli.datamodule, TRAINER_DEFAULTS))}")
+        say(f"report: {one_line(app.write(path or cli.path, cli.model, cli.datamodule))}")
 
 
 def export(cli: CLI) -> None:
