@@ -30,7 +30,7 @@ WHY = {
     "net": "This is the net of 1998. Its second convolution is not padded, so fewer weights follow it, and its "
     "activation is tanh instead of ReLU.",
     "against overfitting": "The article's recipe has no such measures.",
-    "seconds an epoch": "The article does not name its machine. Ours include the validation.",
+    "seconds an epoch": "The article does not name its machine. Ours include validation, if there is any.",
 }
 
 

@@ -58,8 +58,7 @@ def serve(model: LitLeNet, data: FashionMNISTDataModule, port: int = 7860) -> No
     try:
         server = socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        problem = os.strerror(error.errno or 0).lower()
-        raise UsageError(f"port={port}: {problem}; choose another --port") from error
+        raise UsageError(f"port={port}: {os.strerror(error.errno or 0).lower()}; choose another --port") from error
     with server, TemporaryDirectory(prefix="lenet_pl-") as folder:
         # Gradio reads these when it is imported; uploads go to the folder.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}

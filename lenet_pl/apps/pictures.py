@@ -24,9 +24,8 @@ _LOCK = threading.Lock()
 def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
     """Returns the pictures that a user names, each once, and prints a line about files in folders that are not read.
 
-    Folders are searched with their subfolders, but without hidden files and folders, and give their pictures sorted.
-    Their files need the suffix of a picture, and those that this program wrote are left out. A file that is named itself
-    is returned whatever it is.
+    Folders are searched with their subfolders, but without hidden ones. Of their files those count that have the suffix
+    of a picture and were not written by this program; they come sorted. A file that is named itself always counts.
 
     Args:
         images: A file, a folder, or several of them.

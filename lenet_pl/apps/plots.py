@@ -74,7 +74,7 @@ def samples(images: Tensor, captions: Sequence[str]) -> Figure:
     """Shows images, ``[N, 1, 28, 28]``, 0 (black) to 255, in rows of five, each below its caption."""
     columns, rows = 5, math.ceil(len(captions) / 5)
     figure = Figure(figsize=(7.5, 1.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
     for ax, image, caption in zip(axes, images, captions, strict=False):  # the last places may stay empty
@@ -142,7 +142,8 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
     bars = ax.bar(edges[:-1], right / np.maximum(counts, 1), 0.92 / bins, align="edge", color=BLUE, label="this net")
-    ax.bar_label(bars, counts.tolist(), fontsize=8)
+    numbers = [str(count) if count else "" for count in counts]
+    ax.bar_label(bars, numbers, fontsize=8, padding=1, bbox={"color": "white", "pad": 0})
     ax.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfect calibration")
     ax.set(xlabel="confidence: probability of the predicted class", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
