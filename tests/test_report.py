@@ -18,7 +18,7 @@ from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet
 from lenet_pl.__main__ import main
-from lenet_pl.apps import article, plots, report
+from lenet_pl.apps import article, demo, plots, report
 from lenet_pl.apps.report import NAMES, score
 from lenet_pl.lenet import layers
 from lenet_pl.loader import generator
@@ -204,7 +204,8 @@ def test_the_weights_of_the_package_are_reported_in_the_current_folder(ckpt, tmp
     (tmp_path / "results.csv").write_text("epoch,step\n1,1\n")  # of something else
     path = as_pretrained(ckpt, tmp_path / "package", monkeypatch)
     monkeypatch.chdir(tmp_path)
-    for command in ("report", "predict"):
+    monkeypatch.setattr(demo, "serve", lambda model, data, port: None)
+    for command in ("report", "predict", "demo"):
         assert main([command, "--ckpt_path", "pretrained", "--data.data_dir", str(tiny[0])]) == 0
     assert capsys.readouterr().out.startswith(f"checkpoint: {path}\nreport: report.html\n")
     assert list(path.parent.iterdir()) == [path]
