@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import process, runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.cli import CLI, TRAINER_DEFAULTS
+from lenet_pl.cli import CLI
 from lenet_pl.errors import UsageError, tell
 from lenet_pl.names import one_line
 
@@ -92,7 +92,7 @@ def _score(cli: CLI, path: Path) -> None:
         "seed": cli.config.seed_everything,
     }
     if cli.trainer.is_global_zero:
-        folder = runs.folder_of(path) or (Path() if path == runs.PRETRAINED else path.parent)
+        folder = runs.folder_of(path) or runs.beside(path)
         write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
 
@@ -117,7 +117,7 @@ def report(cli: CLI, path: Path | None = None) -> None:
     assert path is not None
     if cli.trainer.is_global_zero:
         cli.model.to(cli.trainer.strategy.root_device)
-        say(f"report: {one_line(app.write(path, cli.model, cli.datamodule, TRAINER_DEFAULTS))}")
+        say(f"report: {one_line(app.write(path, cli.model, cli.datamodule))}")
 
 
 def export(cli: CLI) -> None:
@@ -154,6 +154,8 @@ def run(command: str, args: list[str]) -> int:
         return int(stop.code or 0)
     except SystemExit as leave:  # --help and --print_config
         return int(leave.code or 0)
+    except BrokenPipeError:  # nobody reads any more, as with ``| head``: __main__ answers that
+        raise
     except UsageError as error:
         return tell(error, 2)
     except Exception as error:

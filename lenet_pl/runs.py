@@ -81,6 +81,12 @@ def folder_of(ckpt_path: Path) -> Path | None:
     return folder if is_run else None
 
 
+def beside(ckpt_path: Path) -> Path:
+    """Returns the folder for what is made from a checkpoint: its own, or the current one for the package's weights."""
+    is_ours = PRETRAINED.is_file() and ckpt_path.samefile(PRETRAINED)
+    return Path() if is_ours else ckpt_path.parent
+
+
 def scored_checkpoint(folder: Path) -> Path | None:
     """Returns the checkpoint that a run is scored by: the best, or without validation the last; None if none yet."""
     return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lenet_pl import download
+from lenet_pl import download, runs
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST = 330, 53  # no multiple of a batch size: the last, smaller ones matter
@@ -134,6 +134,17 @@ def browser():
         browser = driver.chromium.launch(executable_path=path, args=flags, timeout=60_000)
         yield browser
         browser.close()
+
+
+def as_pretrained(ckpt: Path, folder: Path, monkeypatch) -> Path:
+    """Puts the weights of a checkpoint, without what a training goes on with, in the place of the package's own."""
+    state = torch.load(ckpt, weights_only=True)
+    for key in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+        state.pop(key, None)
+    path = folder / "pretrained.ckpt"
+    torch.save(state, path)
+    monkeypatch.setattr(runs, "PRETRAINED", path)
+    return path
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEST, inside
+from conftest import ROOT, TEST, as_pretrained, inside
 from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet, __version__, checkpoint, download
@@ -34,6 +34,12 @@ def trained(tiny, tmp_path_factory):
 
 
 @pytest.fixture
+def pretrained(trained, tmp_path_factory, monkeypatch):
+    """A checkpoint that holds weights alone, in the place of the one that comes with the package."""
+    return as_pretrained(trained, tmp_path_factory.mktemp("package"), monkeypatch)
+
+
+@pytest.fixture
 def run(cli, trained):
     """Exports into the current folder; returns exit code, stdout and stderr."""
     return lambda *args: cli("export", "--ckpt_path", trained, "--output", ".", *args)
@@ -44,14 +50,13 @@ def pixels(n=TEST):
 
 
 def expected(path, images):
-    """Returns logits and probabilities of Lightning's module, from the checkpoint."""
+    """Returns the logits of Lightning's module, from the checkpoint."""
     state = checkpoint.load(path)
     model = LitLeNet(**state["hyper_parameters"]).eval()
     model.load_state_dict(state["state_dict"])
     data = state["datamodule_hyper_parameters"]
     with torch.no_grad():
-        logits = model((images / 255 - data["mean"]) / data["std"])
-    return logits, logits.softmax(-1)
+        return model((images / 255 - data["mean"]) / data["std"])
 
 
 def session(path="lenet.onnx"):
@@ -60,8 +65,7 @@ def session(path="lenet.onnx"):
 
 
 def onnx_outputs(images, path="lenet.onnx"):
-    outputs = session(path).run(["logits", "probabilities"], {"images": images.numpy()})
-    return tuple(map(torch.from_numpy, outputs))
+    return torch.from_numpy(session(path).run(["logits"], {"images": images.numpy()})[0])
 
 
 @pytest.fixture
@@ -72,20 +76,17 @@ def packages():
 
 
 def close(got, wanted):
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
 def check_metadata(metadata, path):
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     images, labels = pixels(), FashionMNIST("data", train=False).targets
     accuracy = float(metadata.pop("test_accuracy"))
-    assert accuracy == pytest.approx(float((expected(path, images)[0].argmax(1) == labels).double().mean()), abs=5e-5)
+    assert accuracy == pytest.approx(float((expected(path, images).argmax(1) == labels).double().mean()), abs=5e-5)
     assert 0.1 < accuracy < 1
     assert json.loads(metadata.pop("classes")) == FashionMNIST.classes
     assert metadata == {
-        "mean": "0.25",
-        "std": "0.5",
         "variant": "article",
         "lenet_pl": __version__,
         "checkpoint_sha256": sha256,
@@ -102,9 +103,9 @@ def test_it_is_one_sound_file_that_computes_what_the_module_computes(run, traine
     _, size, parity, accuracy, use = out.splitlines()  # and nothing of the exporter's own
     file = Path("lenet.onnx")
     assert size == f"lenet.onnx: {file.stat().st_size / 1000:.0f} kB"
-    assert re.fullmatch(rf"{TEST} test images: same class for {TEST}, .* of logits \d\.\de-0[5-9]", parity)
+    assert re.fullmatch(rf"{TEST} test images: same class for all, .* difference \d\.\de-0[5-9]", parity)
     used = eval(use.removeprefix("use: "), {"onnxruntime": onnxruntime, "pixels": pixels(7).numpy()})
-    close(map(torch.from_numpy, used), expected(trained, pixels(7)))
+    close(torch.from_numpy(used[0]), expected(trained, pixels(7)))
     assert sorted(p.name for p in Path().iterdir()) == ["data", "lenet.onnx"]  # no external weights, no leftovers
 
     proto = onnx.load(file)
@@ -116,7 +117,6 @@ def test_it_is_one_sound_file_that_computes_what_the_module_computes(run, traine
     assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", 1, 28, 28])
     assert [(o.name, o.type, o.shape) for o in outputs] == [
         ("logits", "tensor(float)", ["N", 10]),
-        ("probabilities", "tensor(float)", ["N", 10]),
     ]
     for n in (1, 7, 53):
         close(onnx_outputs(pixels(n)), expected(trained, pixels(n)))
@@ -182,15 +182,21 @@ def test_a_place_that_cannot_be_written_is_named(run, packages):
     assert Path("taken").read_text() == "mine"
 
 
-def test_without_the_data_random_images_prove_it(run, packages, monkeypatch):
+def test_without_the_data_nothing_is_written(run, packages, monkeypatch):
     monkeypatch.setattr(download, "SOURCES", ())
     monkeypatch.delenv("LENET_PL_DATA_SOURCE", raising=False)
-    code, out, err = run("--data.data_dir", "none")
+    code, _, err = run("--data.data_dir", "none")
+    assert code == 1
+    assert err.startswith("error: Fashion-MNIST could not be had")
+    assert not Path("lenet.onnx").exists()
+
+
+def test_the_pretrained_checkpoint_is_exported_into_the_current_folder(cli, pretrained, packages):
+    code, out, err = cli("export", "--ckpt_path", "pretrained")
     assert (code, err) == (0, "")
-    assert "1,000 random images: same class for 1,000, " in out
-    assert "The test images are missing, so no accuracy was measured; python -m lenet_pl test says why" in out
-    assert "Test accuracy" not in out
-    assert b"test_accuracy" not in Path("lenet.onnx").read_bytes()
+    assert "\nlenet.onnx: " in out
+    assert [path.name for path in pretrained.parent.iterdir()] == ["pretrained.ckpt"]
+    close(onnx_outputs(pixels()), expected(pretrained, pixels()))
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
@@ -227,22 +233,21 @@ def test_a_file_that_differs_is_not_written(run, packages, monkeypatch):
     assert sorted(p.name for p in Path().iterdir()) == ["data", file.name]
 
 
-def test_another_class_another_probability_or_nan_is_a_difference(run, packages, monkeypatch):
+def test_another_class_or_nan_is_a_difference(run, packages, monkeypatch):
     real = export._run
 
     def broken(change):
-        monkeypatch.setattr(export, "_run", lambda content, images: change(*real(content, images)))
+        monkeypatch.setattr(export, "_run", lambda content, images: change(real(content, images)))
         code, _, err = run()
         assert not Path("lenet.onnx").exists()
         return code, err
 
-    code, err = broken(lambda logits, probabilities: (logits, probabilities + 2e-4))
+    code, err = broken(lambda logits: logits + 2e-4)
     assert code == 1
     assert "2.0e-04" in err
-    assert broken(lambda logits, probabilities: (logits, probabilities * float("nan")))[0] == 1
-    assert broken(lambda logits, probabilities: (logits * float("nan"), probabilities))[0] == 1
+    assert broken(lambda logits: logits * float("nan"))[0] == 1
     monkeypatch.setattr(export, "TOLERANCE", 100)
-    code, err = broken(lambda logits, probabilities: (-logits, probabilities))
+    code, err = broken(lambda logits: -logits)
     assert code == 1
     assert "classifies 0 of" in err
 
@@ -255,7 +260,7 @@ def test_on_the_real_data_onnx_has_the_accuracy_of_test(real_data, packages, cap
     assert main(["export", "--ckpt_path", "best"]) == 0
     folder = Path("runs/fast/version_0")
     out, result = capsys.readouterr().out, json.loads((folder / "test.json").read_text())
-    assert "10,000 test images: same class for 10,000" in out
+    assert "10,000 test images: same class for all" in out
     assert f"Test accuracy: {result['test_acc']:.2%}" in out
     metadata = session(folder / "checkpoints/lenet.onnx").get_modelmeta().custom_metadata_map
     assert float(metadata["test_accuracy"]) == result["test_acc"]

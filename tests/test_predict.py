@@ -104,7 +104,6 @@ def awkward(folder):
 def test_names_are_shown_as_they_are(trained, workdir, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "predictions", lambda rows, real=plots.predictions: drawn.extend(rows) or real(rows))
-    monkeypatch.setenv("COLUMNS", "220")
     paths = awkward(Path("mine"))
     Path("mine/[red]bad:smile:.png").write_bytes(b"no picture")
     code, out, err = trained("predict", "--data.images", "mine", "--output", "$x[/y]$")
@@ -117,12 +116,25 @@ def test_names_are_shown_as_they_are(trained, workdir, monkeypatch):
     assert not there["mine/[red]bad:smile:.png"]["label"]
     shown = ["mine/Ba$$in.png", "mine/a[/b].png", "mine/:smile:.png", r"mine/a\nb.png", r"mine/\x1b[31mred.png"]
     shown += [r"mine/\xff.png", "mine/日本.png", "mine/[red]bad:smile:.png"]
-    assert [name for name in shown if f" {name} " not in out] == []
+    rest = out.partition("$x[/y]$")[0] + "\n"
+    assert [name for name in shown if f" {name}\n" not in rest and f" {name}: not a picture" not in rest] == []
     assert "\x1b" not in out
     titles = {Path(name).name for name in shown} - {"[red]bad:smile:.png"}
     assert {row.title for row in drawn} == titles
     with Image.open("$x[/y]$/predictions.png") as picture:
         assert picture.info["Software"] == "lenet_pl"
+
+
+def test_a_name_of_any_length_is_shown_whole(trained, workdir, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = f"mine/{'folder/' * 12}{'x' * 200}.png"
+    Path(name).parent.mkdir(parents=True)
+    Image.new("L", (28, 28), 200).save(name)
+    Path("mine/broken.png").write_bytes(b"no picture")
+    code, out, err = trained("predict", "--data.images", "mine")
+    assert (code, err) == (0, "")
+    assert f" {name}\n" in out
+    assert " mine/broken.png: not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP; convert it to PNG\n" in out
 
 
 def test_the_picture_takes_a_title_for_text_and_shortens_it_in_the_middle():
@@ -159,7 +171,7 @@ def test_its_own_pictures_are_not_classified_the_next_time(trained, workdir):
 def test_pictures_are_drawn_without_pyplot(tmp_path):
     """A notebook's MPLBACKEND names a module that this environment need not have."""
     code = "import sys, matplotlib.figure, pathlib; from lenet_pl.apps import plots\n"
-    code += "plots.save(matplotlib.figure.Figure(), pathlib.Path(sys.argv[1]))\n"
+    code += "pathlib.Path(sys.argv[1]).write_bytes(plots.png(matplotlib.figure.Figure()))\n"
     code += "sys.exit('matplotlib.pyplot' in sys.modules)"
     env = os.environ | {"MPLBACKEND": "module://no_such_module"}
     assert subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], env=env, check=False).returncode == 0

@@ -1,28 +1,29 @@
 """The report: its numbers, its pictures, and that it needs nothing from outside, in a real browser too."""
 
+import base64
 import json
 import os
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import TEST, inside
+from conftest import TEST, as_pretrained, inside
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet
 from lenet_pl.__main__ import main
-from lenet_pl.apps import article, plots, report
-from lenet_pl.apps.scores import NAMES, score
+from lenet_pl.apps import article, demo, plots, report
+from lenet_pl.apps.report import NAMES, score
 from lenet_pl.lenet import layers
 from lenet_pl.loader import generator
 
-ALWAYS = {"samples", "confusion_matrix", "reliability", "robustness"}
+ALWAYS = {"samples", "confusion_matrix", "reliability"}
 SETTINGS = {"data.val_size": 60, "data.batch_size": 8, "data.flip": True, "model.dropout": 0.1}
 SETTINGS |= {"model.schedule": "one_cycle", "model.lr": 0.0005, "trainer.max_epochs": 2}
 
@@ -110,7 +111,8 @@ def test_the_page_refers_to_nothing_outside(page):
     assert not parser.tags & {"script", "link", "iframe", "object", "embed"}
     assert not re.search(r"@import|url\((?!#)", text)
     assert "default-src 'none'" in text
-    assert text.count("<svg") == len(ALWAYS) + 2
+    for name in ALWAYS | {"curves", "mistakes"}:  # the page holds the very pictures
+        assert base64.b64encode((page.parent / f"{name}.png").read_bytes()).decode() in text
 
 
 def test_the_scores_are_those_of_test_json(page, ckpt):
@@ -130,16 +132,15 @@ def test_the_scores_follow_from_their_definitions():
     labels = (logits + logits.flip(0)).argmax(1)
     scores, probabilities, labels = score(logits, labels), logits.softmax(1).numpy(), labels.numpy()
     predicted, sure = probabilities.argmax(1), probabilities.max(1)
-    for label, (name, *found) in enumerate(scores.classes):
+    for label, (name, *found) in enumerate(scores["classes"]):
         hits = ((predicted == label) & (labels == label)).sum()
         called, there = (predicted == label).sum(), (labels == label).sum()
         assert name == NAMES[label]
         assert found == pytest.approx([hits / called, hits / there, 2 * hits / (called + there), there])
     bins = np.ceil(sure * 15)
     gaps = [abs((predicted == labels)[bins == b].sum() - sure[bins == b].sum()) for b in range(1, 16)]
-    assert scores.calibration_error == pytest.approx(sum(gaps) / 500)
-    assert scores.accuracy == pytest.approx((predicted == labels).mean())
-    assert scores.f1 == pytest.approx(np.mean([f1 for *_, f1, _ in scores.classes]))
+    assert scores["calibration_error"] == pytest.approx(sum(gaps) / 500)
+    assert scores["accuracy"] == pytest.approx((predicted == labels).mean())
 
 
 def test_what_the_pictures_get(ckpt, monkeypatch, page):
@@ -152,7 +153,7 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
 
         monkeypatch.setattr(plots, name, spied)
 
-    for name in ("samples", "confusion_matrix", "curves", "robustness"):
+    for name in ("samples", "confusion_matrix", "curves"):
         spy(name, getattr(plots, name))
     monkeypatch.setattr(report, "write_atomic", lambda *args: None)  # the page of fit stays
     model, data = load(ckpt)
@@ -162,7 +163,7 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
     counts = np.zeros((10, 10), int)
     np.add.at(counts, (labels, predicted), 1)
     assert np.array_equal(given["confusion_matrix"][0][0], counts)
-    (_, mistakes), (first, names) = given["samples"]
+    (first, names), (_, mistakes) = given["samples"]
     loader = data.train_dataloader()
     assert loader.seed == 5
     assert torch.equal(first[:8], loader.images[torch.randperm(270, generator=generator(5, 0))[:8]])
@@ -171,24 +172,15 @@ def test_what_the_pictures_get(ckpt, monkeypatch, page):
     assert [float(c.split("%")[0].split()[-1]) for c in mistakes] == [round(100 * float(s), 1) for s in sure[:25]]
     state = torch.load(ckpt, weights_only=True)
     assert given["curves"][0][1] == state["epoch"] + 1
-    for lines in given["robustness"][0][0].values():
-        for points in lines.values():
-            assert points[0] == (predicted == labels).mean()  # undamaged
-            assert points[max(points)] < points[0]
-
-
-def test_the_differences_are_the_flags_given(page):
-    found = re.findall(r"<th scope=\"row\"><code>([\w.]+)</code></th><td>(.*?)</td>", page.read_text())
-    assert dict(found) == {name: str(value) for name, value in SETTINGS.items()}
-    assert len(found) == len(SETTINGS)
 
 
 def test_the_article_beside(page):
     parser = Parser(page.read_text())
     assert parser.row("training images")[:2] == ["60,000", "270"]
     assert parser.row("net") == ["107,786 parameters", "107,786 parameters", "the same"]
-    assert parser.row("optimizer")[1] == "Adam, lr 0.0005 at the peak of one cycle, ε 1e-8"
-    assert parser.row("beyond that")[1] == "mirrored images, dropout 0.1"
+    assert parser.row("learning rate")[1] == "0.0005 at the peak of one cycle"
+    assert parser.row("Adam's ε")[:2] == ["1e-7", "1e-8"]
+    assert parser.row("against overfitting")[1] == "mirrored images, dropout 0.1"
     assert all(row[-1] for row in parser.rows if len(row) == 4)  # no difference without a word on it
     assert parser.row("training loss")[0] == "0.0458"
     for word in ("Pavan Vadapalli", "Everything You Need to Know", "upGrad blog", "25 February 2021"):
@@ -202,95 +194,80 @@ def test_a_checkpoint_alone_is_enough(ckpt, place):
     text = page.read_text()
     assert page.parent == folder
     assert {path.stem for path in folder.glob("*.png")} == ALWAYS | {"mistakes"}
-    assert "there is no results.csv" in text
-    assert "there is no config.yaml" in text
+    assert "the checkpoint lies in no run folder" in text
     assert "&lt;b&gt;x&amp;y" in text
     assert "<b>" not in text
 
 
-RUN = article.Run(
-    epoch=2,
-    seed=5,
-    steps=100,
-    epsilon=1e-8,
-    train_images=55_000,
-    parameters=107_786,
-    model=dict(LitLeNet().hparams),
-    data=dict(FashionMNISTDataModule().hparams),
-    trainer={"max_epochs": 3},
-    results=[
-        {"epoch": "1", "train_loss": "0.5", "train_acc": "0.8", "val_acc": "0.85", "seconds": "3"},
-        {"epoch": "2", "train_loss": "0.3", "train_acc": "0.9", "val_acc": "0.88", "seconds": "4"},
-        {"epoch": "3", "train_loss": "0.2", "train_acc": "0.95", "val_acc": "0.87", "seconds": "5"},
-    ],
-)
-LOGITS = torch.eye(10).repeat(10, 1)
-SCORES = score(LOGITS, LOGITS.argmax(1))._replace(n=10_000, accuracy=0.91)
+def test_the_weights_of_the_package_are_reported_in_the_current_folder(ckpt, tmp_path, monkeypatch, tiny, capsys):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "results.csv").write_text("epoch,step\n1,1\n")  # of something else
+    path = as_pretrained(ckpt, tmp_path / "package", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "serve", lambda model, data, port: None)
+    for command in ("report", "predict", "demo"):
+        assert main([command, "--ckpt_path", "pretrained", "--data.data_dir", str(tiny[0])]) == 0
+    assert capsys.readouterr().out.startswith(f"checkpoint: {path}\nreport: report.html\n")
+    assert list(path.parent.iterdir()) == [path]
+    written = {file.name for file in tmp_path.glob("*.*")}
+    assert written > {f"{name}.png" for name in ALWAYS | {"mistakes"}} | {"report.html", "predictions.csv"}
+    assert "curves.png" not in written
+    assert "the checkpoint lies in no run folder" in Path("report.html").read_text()
 
 
-def article_rows(run):
-    return {row.what: row for row in article.rows(run, SCORES)}
+RESULTS = [
+    {"epoch": "1", "train_loss": "0.5", "train_acc": "0.8", "val_acc": "0.85", "seconds": "3"},
+    {"epoch": "2", "train_loss": "0.3", "train_acc": "0.9", "val_acc": "0.88", "seconds": "4"},
+    {"epoch": "3", "train_loss": "0.2", "train_acc": "0.95", "val_acc": "0.87", "seconds": "5"},
+]
+
+
+def article_rows(model, data, results, train_images=55_000):
+    """Returns the table of a run whose second epoch is scored, on 10,000 test images."""
+    data.train_set = (None, range(train_images))
+    data.test_set = (None, range(10_000))
+    return {what: rest for what, *rest in article.rows(model, data, results, 2, 0.91)}
 
 
 def test_the_article_table_says_what_differs():
-    rows = article_rows(RUN)
-    assert rows["test accuracy"][1:3] == ("90.67%", "91.00%")
-    assert "+0.33 percentage points" in rows["test accuracy"].why
-    assert "standard error of 0.29 points" in rows["test accuracy"].why
-    assert rows["training accuracy"][1:3] == ("98.29%", "90.00%")  # of the scored epoch
-    assert "98.50%" in rows["training accuracy"].why
-    assert rows["training loss"][1:3] == ("0.0458", "0.3000")
-    assert "0.0421" in rows["training loss"].why
-    assert "smoothing" not in rows["training loss"].why
-    assert rows["epochs"][1:3] == ("30", "3")
-    assert rows["scored"].here == "epoch 2, by validation accuracy"
-    assert rows["pixels"].here == "(x / 255 − 0.286) / 0.353"
-    assert rows["batch size"] == ("batch size", "32", "32", "the same")
-    assert rows["optimizer"].here == "Adam, lr 0.001, ε 1e-8"
-    assert rows["first weights"].here == "uniform within ±1/√(inputs), biases too"
-    assert rows["net"].why == rows["beyond that"].why == "the same"
-    assert rows["seconds an epoch"] == (
-        "seconds an epoch",
-        "4",
-        "4.0",
-        "The article does not name its machine. Validation is included here.",
-    )
+    rows = article_rows(LitLeNet(), FashionMNISTDataModule(), RESULTS)
+    assert rows["test accuracy"][:2] == ["90.67%", "91.00%"]
+    assert "+0.33 percentage points" in rows["test accuracy"][2]
+    assert "standard error of 0.29 points" in rows["test accuracy"][2]
+    assert rows["training accuracy"][:2] == ["98.29%", "90.00%"]  # of the scored epoch
+    assert "98.50%" in rows["training accuracy"][2]
+    assert rows["training loss"][:2] == ["0.0458", "0.3000"]
+    assert "0.0421" in rows["training loss"][2]
+    assert rows["training images"][:2] == ["60,000", "55,000"]
+    assert rows["scored epoch"][:2] == ["30 of 30", "2 of 3"]
+    assert rows["pixels"][1] == "(x / 255 − 0.286) / 0.353"
+    assert rows["batch size"] == ["32", "32", "the same"]
+    assert rows["learning rate"] == ["0.001", "0.001", "the same"]
+    assert rows["Adam's ε"][:2] == ["1e-7", "1e-8"]
+    assert rows["first weights"][1] == "uniform within ±1/√(inputs), biases too"
+    assert rows["net"][2] == rows["against overfitting"][2] == "the same"
+    assert rows["seconds an epoch"][:2] == ["4", "4.0"]
 
 
 def test_the_article_table_of_another_recipe():
-    model = RUN.model | {"schedule": "one_cycle", "weight_decay": 0.1, "dropout": 0.05, "label_smoothing": 0.1}
-    model |= {"init": "orthogonal"}
-    data = RUN.data | {"flip": True, "shift": 1, "mean": 0.0, "std": 1.0, "val_size": 0}
-    results = [row | {"val_acc": ""} for row in RUN.results]
-    run = RUN._replace(epoch=3, model=model, data=data, results=results, train_images=60_000, parameters=61_706)
-    rows = article_rows(run)
-    assert "Label smoothing raises ours" in rows["training loss"].why
-    for name in ("training images", "scored", "pixels"):
-        assert rows[name].why == "the same"
-    assert rows["optimizer"].here == "Adam, lr 0.001 at the peak of one cycle, ε 1e-8, weight decay 0.1"
-    assert "rises and falls once" in rows["optimizer"].why
-    assert "Weight decay" in rows["optimizer"].why
-    assert rows["first weights"].here == "orthogonal with gain √2, biases zero"
-    assert "net of 1998" in rows["net"].why
-    assert rows["beyond that"].here == ("mirrored images, shifts of up to 1 pixels, dropout 0.05, label smoothing 0.1")
-    assert rows["seconds an epoch"].why == "The article does not name its machine."
-    assert article_rows(run._replace(epoch=1))["scored"].here == "epoch 1"
+    model = LitLeNet("classic", dropout=0.05, init="orthogonal", schedule="one_cycle", weight_decay=0.1)
+    model.hparams["label_smoothing"] = 0.1
+    data = FashionMNISTDataModule(flip=True, shift=1, mean=0.0, std=1.0, val_size=0)
+    rows = article_rows(model, data, RESULTS[:2], 60_000)
+    assert rows["training images"][2] == rows["pixels"][2] == "the same"
+    assert rows["scored epoch"][1] == "2 of 2"
+    assert rows["learning rate"][1] == "0.001 at the peak of one cycle"
+    assert rows["first weights"][1] == "orthogonal with gain √2, biases zero"
+    assert rows["net"][:2] == ["107,786 parameters", "61,706 parameters"]
+    assert "net of 1998" in rows["net"][2]
+    measures = "mirrored images, shifts of up to 1 pixels, dropout 0.05, label smoothing 0.1, weight decay 0.1"
+    assert rows["against overfitting"][1] == measures
 
 
 def test_the_article_table_without_results():
-    rows = article_rows(RUN._replace(results=[]))
+    rows = article_rows(LitLeNet(), FashionMNISTDataModule(), [])
     assert not {"training accuracy", "training loss", "seconds an epoch"} & rows.keys()
-    assert rows["epochs"].here == "3"
-    assert "epochs" not in article_rows(RUN._replace(results=[], trainer={}))
-
-
-def test_settings_are_compared_with_the_defaults_that_hold():
-    values = {"max_epochs": 30, "precision": "bf16-mixed", "default_root_dir": "/tmp", "unknown": 1}
-    trainer = report.Trainer
-    assert report.differences("trainer", trainer, values, {"max_epochs": 30}) == [
-        ("trainer.precision", "bf16-mixed", None)
-    ]
-    assert ("trainer.max_epochs", 30, None) in report.differences("trainer", trainer, values)
+    assert rows["scored epoch"][1] == "2"
 
 
 def test_a_path_is_shown_whatever_its_bytes(ckpt, place):
@@ -298,7 +275,6 @@ def test_a_path_is_shown_whatever_its_bytes(ckpt, place):
     folder.mkdir(parents=True)
     text = report.write(shutil.copy(ckpt, folder / "best.ckpt"), *load(ckpt)).read_text()
     assert r"a\xff\n $[/b]/best.ckpt</code>, epoch" in text
-    assert r"$[/b]/best.ckpt&#39;</code>" in text  # quoted for the shell
 
 
 def test_a_net_without_mistakes(ckpt, place, monkeypatch):
@@ -328,13 +304,11 @@ def figures():
     image = torch.full((1, 28, 28), 100, dtype=torch.uint8)
     row = dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc"), "0.5")
     confidence = torch.linspace(0, 1, 101)
-    lines = {name: dict.fromkeys(range(-45, 46, 15), 0.9) for name in ("rotated", "slanted")}
     yield "samples", plots.samples(image.expand(12, 1, 28, 28), ["T-shirt/top 100.0%\nis: T-shirt/top"] * 12)
     yield "one_epoch", plots.curves([{"epoch": "1", **row}], 1)
     yield "curves", plots.curves([{"epoch": str(e), **row} for e in range(1, 201)], 200)
     yield "confusion_matrix", plots.confusion_matrix(torch.full((10, 10), 10_000), NAMES)
     yield "reliability", plots.reliability(confidence, confidence > 0.5, 15)
-    yield "robustness", plots.robustness(dict.fromkeys("abc", lines))
 
 
 def test_no_labels_overlap_or_are_cut_off(monkeypatch):
@@ -356,17 +330,6 @@ def test_no_labels_overlap_or_are_cut_off(monkeypatch):
         assert (beside | beside.T | np.eye(len(boxes), dtype=bool)).all(), name
 
 
-def test_svg_takes_the_colours_of_its_page():
-    before = dict(matplotlib.rcParams)
-    for name, figure in figures():
-        text = plots.svg(figure)
-        assert text.startswith("<svg"), name
-        assert "currentColor" in text, name
-        assert plots.INK not in text, name
-        assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text), name
-    assert {**matplotlib.rcParams, "backend": before["backend"]} == before  # found out when first asked for
-
-
 def test_confusion_matrix_shows_counts_and_shares():
     figure = plots.confusion_matrix(torch.tensor([[3, 1], [0, 0]]), ["a", "b"])
     assert [text.get_text() for text in figure.axes[0].texts] == ["3\n75.0%", "1\n25.0%", "0", "0"]
@@ -376,37 +339,28 @@ def test_confusion_matrix_shows_counts_and_shares():
 def test_a_browser_draws_it_all_and_fetches_nothing(page, browser, scheme, width):
     requests, complaints = [], []
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("request", lambda request: None if request.url.startswith("data:") else requests.append(request.url))
     tab.on("console", lambda message: complaints.append(message.text))
     tab.goto(page.as_uri())
     pictures = tab.evaluate(
-        """async () => {
-          const loaded = async image => {
-            const copy = new Image()
-            copy.src = image.href.baseVal
-            await copy.decode()
-            return copy.naturalWidth * image.getBoundingClientRect().width
-          }
-          return Promise.all([...document.querySelectorAll(".picture svg")].map(async svg => ({
-            width: svg.getBoundingClientRect().width,
-            height: svg.getBoundingClientRect().height,
-            pixels: await Promise.all([...svg.querySelectorAll("image")].map(loaded)),
-            ink: getComputedStyle(svg.querySelector('[style*="fill: currentColor"]')).fill,
-          })))
-        }"""
+        """async () => Promise.all([...document.images].map(async image => {
+          await image.decode()
+          const box = image.getBoundingClientRect()
+          return {pixels: image.naturalWidth, width: box.width, height: box.height, alt: image.alt}
+        }))"""
     )
     assert len(pictures) == len(ALWAYS) + 2
     text, paper = tab.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (text, paper)]
-    assert (light[0] < 0.3 and light[1] > 0.9) if scheme == "light" else (light[0] > 0.8 and light[1] < 0.15)
+    assert light[0] < 0.3
+    assert light[1] > 0.9
     for picture in pictures:
         assert picture["width"] > 300
         assert picture["height"] > 150
-        assert all(picture["pixels"])
-        assert picture["ink"] == text
-    assert sum(len(picture["pixels"]) for picture in pictures) > 30
+        assert picture["pixels"] > 500
+        assert picture["alt"]
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert (requests, complaints) == ([page.as_uri()], [])
     tab.close()

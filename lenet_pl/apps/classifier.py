@@ -7,13 +7,7 @@ from lenet_pl.loader import EVAL_BATCH_SIZE, normalise
 
 
 class Classifier(nn.Module):
-    """Classifies uint8 images as they come from a file.
-
-    Args:
-        net: A net that takes normalised float images, in evaluation mode.
-        mean: Pixel mean that the net was trained with, after scaling to 0..1.
-        std: Pixel standard deviation that it was trained with.
-    """
+    """Classifies uint8 images as a file holds them; ``mean`` and ``std`` are those that ``net`` was trained with."""
 
     def __init__(self, net: nn.Module, mean: float, std: float) -> None:
         super().__init__()

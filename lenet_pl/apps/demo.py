@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from lenet_pl.apps import pictures
+from lenet_pl.apps import pictures, prepare
 from lenet_pl.apps.classifier import Classifier
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
@@ -20,8 +20,6 @@ from lenet_pl.errors import UsageError
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 
-SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-TITLE = "LeNet-5 on Fashion-MNIST"
 SIDE = 560  # pixels to which a picture is enlarged for show
 # Hands a pasted picture, or one that is dropped beside the box, to the box.
 SCRIPT = """() => {
@@ -48,27 +46,22 @@ CSS = """
 def serve(model: LitLeNet, data: FashionMNISTDataModule, port: int = 7860) -> None:
     """Serves the page on 127.0.0.1 until Ctrl-C or SIGTERM, whose handling it leaves to the caller.
 
-    Args:
-        model: The net with its weights; it is left in evaluation mode.
-        data: A datamodule with the checkpoint's settings. Its test images give the examples and the accuracy; where
-            they are missing, the page works without them.
-        port: TCP port, 1 to 65535.
+    The test images of ``data`` give the examples; where they are missing, the page works without them.
 
     Raises:
         UsageError: If Gradio is not installed, or if the port is out of range or taken.
     """
     if find_spec("gradio") is None:
-        remedy = "which is not installed; install it with: pip install 'lenet_pl[demo]'"
-        raise UsageError(f"demo needs gradio, {remedy}")
+        raise UsageError("demo needs gradio, which is not installed; install it with: pip install 'lenet_pl[demo]'")
     if not 1 <= port <= 65535:
         raise UsageError(f"port={port}: expected an integer from 1 to 65535, such as --port 7860")
     try:
         server = socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        hint = f"choose another one, such as --port {8000 if port < 8000 else 7860}"
-        raise UsageError(f"port={port}: {os.strerror(error.errno or 0).lower()}; {hint}") from error
+        raise UsageError(f"port={port}: {os.strerror(error.errno or 0).lower()}; choose another --port") from error
     with server, TemporaryDirectory(prefix="lenet_pl-") as folder:
-        os.environ |= SETTINGS | {"GRADIO_TEMP_DIR": folder}  # before the import of Gradio; uploads go to the folder
+        # Gradio reads these when it is imported; uploads go to the folder.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
         import uvicorn  # Gradio's own server; started here, because Gradio would replace the caller's signal handlers
 
         page = _page(Classifier(model.eval(), data.mean, data.std), data, Path(folder))
@@ -82,12 +75,10 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
     import gradio as gr
     from fastapi import FastAPI
 
-    about, problem = "Which garment is it? The net knows ten kinds and nothing else.", ""
+    examples, problem = {}, ""
     try:
         examples = _examples(data, folder)
-        about += f" {_accuracy(classifier, data)}"
     except DataError as error:
-        examples = {}
         problem = "There are no examples, because the test images are missing. The terminal says why."
         print(error, file=sys.stderr)
 
@@ -98,7 +89,7 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
         path, name = upload
         try:
             picture = pictures.load(Path(path))
-            given, seen = pictures.flatten(picture), pictures.to_uint8(picture, data.preprocess)  # [1, 28, 28]
+            given, seen = prepare.flatten(picture), prepare.to_uint8(picture, data.preprocess)  # [1, 28, 28]
         except (OSError, ValueError) as error:
             return [None, None, None, alert(f"{one_line(name)}: {error}"), None]
         probabilities = classifier.in_batches(seen[None]).softmax(1)[0].tolist()  # [10]
@@ -107,8 +98,8 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
 
     look: dict[str, Any] = {"format": "png", "interactive": False, "buttons": [], "height": 260, "min_width": 120}
     look["elem_classes"] = "shown"
-    with gr.Blocks(title=TITLE) as blocks:
-        gr.Markdown(f"# {TITLE}\n{about}")
+    with gr.Blocks(title="LeNet-5 on Fashion-MNIST") as blocks:
+        gr.Markdown("# LeNet-5 on Fashion-MNIST\nWhich garment is it? The net knows ten kinds and nothing else.")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 file: Any = gr.File(label="Drop, choose or paste a picture", height=150, elem_id="picture")
@@ -134,11 +125,7 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
 
 
 def _examples(data: FashionMNISTDataModule, folder: Path) -> dict[str, str]:
-    """Writes the first test image of each class to ``folder``; returns the files by class name.
-
-    Raises:
-        DataError: If the test images are missing and cannot be fetched.
-    """
+    """Writes the first test image of each class to ``folder``; returns the files by class name."""
     data.prepare_data()
     data.setup("test")
     assert data.test_set is not None
@@ -151,14 +138,7 @@ def _examples(data: FashionMNISTDataModule, folder: Path) -> dict[str, str]:
     return examples
 
 
-def _accuracy(classifier: Classifier, data: FashionMNISTDataModule) -> str:
-    assert data.test_set is not None
-    images, labels = data.test_set
-    accuracy = (classifier.in_batches(images).argmax(1) == labels).double().mean()
-    return f"It is right on {accuracy:.2%} of the {len(labels):,} test images."
-
-
 def _enlarged(picture: Image.Image) -> Image.Image:
     """Enlarges a small picture by a whole factor, which keeps its pixels square; shrinks one larger than ``SIDE``."""
     times = SIDE // max(picture.size)
-    return ImageOps.scale(picture, times, Image.Resampling.NEAREST) if times else pictures.resize(picture, SIDE)
+    return ImageOps.scale(picture, times, Image.Resampling.NEAREST) if times else prepare.resize(picture, SIDE)

@@ -11,89 +11,69 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from lenet_pl.apps.prepare import SIDE, flatten, resize, to_uint8
+from lenet_pl.apps.prepare import to_uint8 as to_uint8
 from lenet_pl.names import one_line
-
-__all__ = ["SIDE", "SUFFIXES", "find", "flatten", "load", "resize", "to_uint8"]
 
 MARK = "lenet_pl"  # the text "Software" of every PNG that this program writes for its user
 MAX_PIXELS = 250_000_000  # phones take up to 200 megapixels; so many pixels take 1 GB of memory
 MAX_TEXT = MAX_PIXELS  # bytes of text in a PNG: they may take as much memory as its grey pixels
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # without EPS, for which Pillow would start Ghostscript
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS)
-_OURS = f"written by {MARK}"
 _LOCK = threading.Lock()
 
 
 def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Finds the pictures that a user names, and prints one line about files in folders that are not read.
+    """Returns the pictures that a user names, each once, and prints a line about files in folders that are not read.
+
+    Folders are searched with their subfolders, but without hidden ones. Of their files those count that have the suffix
+    of a picture and were not written by this program; they come sorted. A file that is named itself always counts.
 
     Args:
-        images: A file, a folder or a pattern such as ``photos/*.jpg``, or several of them. A name that exists is never
-            read as a pattern. Folders are searched with their subfolders, but without hidden files and folders.
-
-    Returns:
-        The pictures, each once, in the order of ``images`` and sorted within a folder. A file that is named itself is
-        returned whatever it is. Files in a folder or of a pattern need the suffix of a picture, and pictures that
-        this program wrote are left out.
+        images: A file, a folder, or a pattern such as ``*.png`` where nothing has that name; or several of them.
 
     Raises:
         ValueError: If a name does not exist, or if there is no picture at all.
     """
     names = [images] if isinstance(images, str | Path) else list(images)
-    found: dict[str, Path] = {}  # by absolute path
-    not_read: dict[str, str] = {}  # absolute path: the reason
+    found: dict[Path, Path] = {}  # by absolute path
+    reasons: Counter[str] = Counter()  # why files are not read
     for name in names:
-        try:
-            named, listed = _meant(Path(name))
-        except OSError as error:
-            raise ValueError(f"{one_line(name)}: {error.strerror}") from error
-        for file in listed:
-            if reason := _why_not(file):
-                not_read[_key(file)] = reason
+        for file, named in _files(name):
+            reason = "" if named else _why_not(file)
+            if reason:
+                reasons[reason] += 1
             else:
-                named.append(file)
-        for file in named:
-            found.setdefault(_key(file), file)
-    reasons = Counter(reason for key, reason in not_read.items() if key not in found)
-    summary = _summary(reasons)
+                found.setdefault(file.absolute(), file)
+    kinds = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common(6))
+    summary = f"files that are not read: {reasons.total():,} ({kinds})"
     if not found:
         where = ", ".join(map(one_line, names))
-        raise ValueError(
-            f"{where}: no pictures there; expected files named {' '.join(sorted(SUFFIXES))}"
-            + (f"; {summary}" if summary else "")
-        )
-    if summary:
+        raise ValueError(f"{where}: no pictures there; expected files named {' '.join(sorted(SUFFIXES))}; {summary}")
+    if reasons:
         print(summary)
     return list(found.values())
 
 
-def _key(path: Path) -> str:
-    return os.path.abspath(path)  # noqa: PTH100 (resolve() would follow links)
-
-
-def _meant(path: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the file that is named itself, and the files that a folder or a pattern stands for.
+def _files(name: str | Path) -> list[tuple[Path, bool]]:
+    """Returns the file of this name, or the files below the folder of this name; each with whether it was named itself.
 
     Raises:
-        OSError: If the name is too long, or a folder may not be read.
-        ValueError: If there is no such file or folder, and nothing that fits the pattern.
+        ValueError: If there is no such file or folder, or its name is too long.
     """
-    if not path.exists():
-        path = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user who does not exist)
-    if path.is_file():
-        return [path], []
-    if path.is_dir():
-        return [], _below(path)
-    listed: list[Path] = []
-    for match in map(Path, sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (Path.glob: no absolute ones)
-        if match.is_dir():
-            listed += _below(match)
-        elif match.is_file():  # no pipe, which would be read for ever
-            listed.append(match)
-    if not listed:
-        raise ValueError(f"{one_line(path)}: no such file or folder; give a picture, a folder or a pattern")
-    return [], listed
+    path = Path(name)
+    try:
+        if not path.exists():
+            path = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
+        if path.is_dir():
+            return [(file, False) for file in _below(path)]
+        if path.is_file():  # no pipe, which would be read for ever
+            return [(path, True)]
+        matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+    except OSError as error:
+        raise ValueError(f"{one_line(name)}: {error.strerror}") from error
+    if not matches:
+        raise ValueError(f"{one_line(name)}: no such file or folder; give a picture or a folder")
+    return [(Path(match), False) for match in matches if Path(match).is_file()]
 
 
 def _below(folder: Path) -> list[Path]:
@@ -110,34 +90,15 @@ def _why_not(file: Path) -> str:
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         return one_line(suffix) or "no suffix"
-    return _OURS if suffix == ".png" and _is_ours(file) else ""
-
-
-def _summary(reasons: Counter[str]) -> str:
-    """Returns a line such as ``not read: 3 files (.heic 2, .avif 1)``, or nothing where every file is read."""
-    if not reasons:
-        return ""
-    total = reasons.total()
-    most_first = sorted(reasons.items(), key=lambda item: (item[0] != _OURS, -item[1], item[0]))
-    parts = [f"{reason} {n}" for reason, n in most_first[:6]]
-    if len(most_first) > len(parts):
-        parts.append("…")
-    return f"not read: {total:,} file{'s' if total > 1 else ''} ({', '.join(parts)})"
-
-
-def _is_ours(path: Path) -> bool:
-    """Tells whether this program wrote a PNG, such as an earlier predictions.png."""
-    with contextlib.suppress(Exception), _limits(), Image.open(path, formats=["PNG"]) as picture:
-        return picture.info.get("Software") == MARK
-    return False  # a damaged file: loading it will tell
+    with contextlib.suppress(Exception), _limits(), Image.open(file, formats=["PNG"]) as picture:
+        if picture.info.get("Software") == MARK:  # such as an earlier predictions.png
+            return f"written by {MARK}"
+    return ""  # loading it will tell whether it is damaged
 
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Sets this module's limits against decompression bombs, for one thread at a time.
-
-    Pillow's limits and Python's warning filters hold for the whole process, so both are set back afterwards.
-    """
+    """Sets the limits against decompression bombs for one thread at a time, because they hold for the whole process."""
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata in a picture that can be read
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -170,6 +131,4 @@ def load(path: Path) -> Image.Image:
     except Exception as error:  # for damaged files the decoders raise anything from SyntaxError to struct.error
         if isinstance(error, OSError) and error.errno:
             raise
-        if "MAX_TEXT" in str(error):
-            raise ValueError(f"picture with over {MAX_TEXT:,} bytes of text; save it again without them") from None
         raise ValueError(f"damaged picture: {error}; save it again") from error

@@ -4,65 +4,39 @@ Nothing here uses pyplot, so the figures need no display and leave no global sta
 """
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lenet_pl.apps.pictures import MARK
-from lenet_pl.atomic import write_atomic
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # from Okabe and Ito's palette for colour-blind readers
-INK = "#1f2328"  # of text and lines only, because ``svg`` replaces it by the page's text colour
 STYLE: Any = {
-    "axes.axisbelow": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 10,
     "font.size": 9,
-    "grid.alpha": 0.15,
-    "image.interpolation": "none",  # pixels stay squares, in SVG too
+    "grid.alpha": 0.4,
     "legend.frameon": False,
-    "lines.markersize": 3.5,
-    "svg.hashsalt": "lenet_pl",  # the same picture gives the same text
     "text.usetex": False,  # a user's matplotlibrc may ask for it
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "grid.color"), INK),
-    **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), INK),
 }
 _styled = matplotlib.rc_context(STYLE)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG with this program's mark, by which ``pictures.find`` passes it over.
-
-    Raises:
-        OSError: If the file cannot be written; an earlier one is then intact.
-    """
+def png(figure: Figure) -> bytes:
+    """Returns a figure as a PNG with this program's mark, by which ``pictures.find`` passes it over."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a file name may use any script
-        figure.savefig(buffer, dpi=120, metadata={"Software": MARK})
-    figure.set_layout_engine("none")  # the layout is done; ``svg`` would repeat it and take twice as long
-    write_atomic(path, buffer.getvalue())
-
-
-@_styled
-def svg(figure: Figure) -> str:
-    """Returns a figure as an ``<svg>`` element without background, in the text colour of the page around it."""
-    buffer = io.StringIO()
-    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    _, tag, rest = buffer.getvalue().partition("<svg")
-    return (tag + rest).replace(INK, "currentColor")
+        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": MARK})
+    return buffer.getvalue()
 
 
 class Row(NamedTuple):
@@ -97,37 +71,21 @@ def predictions(rows: Sequence[Row]) -> Figure:
 
 @_styled
 def samples(images: Tensor, captions: Sequence[str]) -> Figure:
-    """Shows images in rows of five, each above its caption.
-
-    Args:
-        images: ``[N, 1, 28, 28]``, 0 (black) to 255.
-        captions: N texts, all of the same number of lines.
-    """
-    columns, font, width = 5, 8.5, 7.5  # images, points, inches
-    across = 28 + 8  # a cell with its margin, in pixels of the images
-    caption_height = (1 + captions[0].count("\n")) * font / 72 * 1.35  # inches
-    down = 29.5 + caption_height / (width / columns / across)
-    rows = -(-len(captions) // columns)
-    figure = Figure(figsize=(width, width * rows * down / (columns * across)))
-    ax = figure.add_axes((0, 0, 1, 1))
-    ax.set_axis_off()
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = i % columns * across + (across - 28) / 2, i // columns * down + 0.5
-        extent = (left, left + 28, top + 28, top)
-        ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
-        ax.text(left + 14, top + 28.7, caption, ha="center", va="top", fontsize=font)
-    ax.set(xlim=(0, columns * across), ylim=(rows * down, 0))
+    """Shows images, ``[N, 1, 28, 28]``, 0 (black) to 255, in rows of five, each below its caption."""
+    columns, rows = 5, math.ceil(len(captions) / 5)
+    figure = Figure(figsize=(7.5, 1.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, image, caption in zip(axes, images, captions, strict=False):  # the last places may stay empty
+        ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=255)
+        ax.set_title(caption, fontsize=8.5)
     return figure
 
 
 @_styled
 def curves(rows: Sequence[Mapping[str, str]], scored: int) -> Figure:
-    """Draws loss and accuracy over the epochs.
-
-    Args:
-        rows: The rows of results.csv.
-        scored: The epoch to mark, 1 for the first.
-    """
+    """Draws the rows of results.csv: loss and accuracy over the epochs, with a mark at the epoch that is ``scored``."""
     validated = [row for row in rows if row["val_acc"]]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -136,8 +94,8 @@ def curves(rows: Sequence[Mapping[str, str]], scored: int) -> Figure:
             if some:
                 epochs = [int(row["epoch"]) for row in some]
                 values = [float(row[f"{name}_{kind}"]) for row in some]
-                ax.plot(epochs, values, "o-", color=colour, label=label)
-        ax.axvline(scored, color=INK, linestyle=":", label=f"scored: epoch {scored}")
+                ax.plot(epochs, values, ".-", color=colour, label=label)
+        ax.axvline(scored, color="black", linestyle=":", label=f"scored: epoch {scored}")
         ax.set(xlabel="epoch", title=title, xlim=(0, int(rows[-1]["epoch"]) + 1))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid()
@@ -148,22 +106,18 @@ def curves(rows: Sequence[Mapping[str, str]], scored: int) -> Figure:
 
 @_styled
 def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
-    """Draws a matrix of counts, each with its share of the row, which also gives the colour.
+    """Draws counts, ``[C, C]``, true class by row and predicted class by column, each with its share of the row.
 
-    Args:
-        counts: ``[C, C]``, true class by row, predicted class by column.
-        names: C class names.
+    The square root of the share gives the colour, so that rare mistakes are visible.
     """
     matrix = counts.cpu().numpy()
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(9, 7.6), layout="constrained")
     ax = figure.subplots()
-    norm = PowerNorm(0.5, 0, 1)
-    image = ax.imshow(share, cmap="cividis", norm=norm, aspect="auto")
-    figure.colorbar(image, label="share of the true class", format=PercentFormatter(1), pad=0.02, aspect=40)
+    ax.imshow(share**0.5, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (row, column), count in np.ndenumerate(matrix):
-        colour = "black" if norm(share[row, column]) > 0.55 else "white"
         text = f"{count}\n{share[row, column]:.1%}" if count else "0"
+        colour = "black" if share[row, column] > 0.3 else "white"
         ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour, in_layout=False)
     ax.set_xticks(range(len(names)), names, fontsize=8.5)
     ax.set_yticks(range(len(names)), names)
@@ -175,50 +129,24 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
 
 @_styled
 def reliability(confidence: Tensor, correct: Tensor, bins: int) -> Figure:
-    """Draws the accuracy by confidence, above the number of images with each confidence.
+    """Draws the accuracy by confidence, with the number of images above each bar.
 
     Args:
-        confidence: Probability of the predicted class, ``[N]``, 0 to 1.
-        correct: Whether the predicted class is right, ``[N]``.
+        confidence: Probability of the predicted class, ``[N]``.
+        correct: Whether the predicted class is right, ``[N]``, bool.
         bins: Number of equal bins between 0 and 1.
     """
-    values, hits = confidence.cpu().numpy(), correct.float().cpu().numpy()
+    values, hits = confidence.cpu().numpy(), correct.cpu().numpy()
     counts, edges = np.histogram(values, bins, (0, 1))
-    filled = counts > 0
-    accuracy = np.histogram(values, bins, (0, 1), weights=hits)[0][filled] / counts[filled]
-    mean_confidence = np.histogram(values, bins, (0, 1), weights=values)[0][filled] / counts[filled]
-    middles, width = (edges[:-1] + edges[1:]) / 2, 0.92 / bins
-    figure = Figure(figsize=(6, 5.4), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.bar(middles[filled], accuracy, width, color=BLUE, label="this net")
-    top.plot(mean_confidence, mean_confidence, "o--", color=ORANGE, label="perfect calibration")
-    top.set(ylabel="accuracy", ylim=(0, 1.02))
-    top.legend(loc="upper left")
-    bottom.bar(middles, counts, width, color=BLUE)
-    bottom.set(xlabel="confidence: probability of the predicted class", ylabel="images")
-    bottom.set(yscale="log", xlim=(0, 1), ylim=(0.7, None))
-    for ax in (top, bottom):
-        ax.grid(axis="y")
-    for axis in (top.yaxis, bottom.xaxis):
-        axis.set_major_formatter(PercentFormatter(1))
-    return figure
-
-
-@_styled
-def robustness(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
-    """Draws the accuracy against damage, one panel beside the other.
-
-    Args:
-        panels: For each axis label its lines by name, and for each line the accuracy (0 to 1) by the damage.
-    """
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes: Sequence[Axes] = figure.subplots(1, len(panels), sharey=True)
-    for ax, (label, lines) in zip(axes, panels.items(), strict=True):
-        for (name, points), look in zip(lines.items(), ((BLUE, "o-"), (ORANGE, "s--")), strict=False):
-            ax.plot(list(points), list(points.values()), look[1], color=look[0], label=name)
-        ax.set(xlabel=label, ylim=(0, 1))
-        ax.grid()
-        ax.legend(loc="lower center")
-    axes[0].set_ylabel("accuracy")
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+    right, _ = np.histogram(values[hits], bins, (0, 1))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    bars = ax.bar(edges[:-1], right / np.maximum(counts, 1), 0.92 / bins, align="edge", color=BLUE, label="this net")
+    numbers = [str(count) if count else "" for count in counts]
+    ax.bar_label(bars, numbers, fontsize=8, padding=1, bbox={"color": "white", "pad": 0})
+    ax.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfect calibration")
+    ax.set(xlabel="confidence: probability of the predicted class", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.legend(loc="upper left")
     return figure

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import rich
-from rich.table import Column, Table
-from rich.text import Text
 from torch import Tensor
 
 from lenet_pl.apps import pictures, plots
@@ -34,17 +31,16 @@ class Prediction(NamedTuple):
 
 
 def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> None:
-    """Prints the table and writes predictions.csv and predictions.png.
+    """Prints the table, and writes predictions.csv and predictions.png into ``folder``, which is made if it is missing.
 
     Args:
-        folder: Where the two files go. It is made if it is missing.
+        folder: Where the two files go.
         data: The datamodule that has just handed out the pictures or the test images.
-        probabilities: ``[N, 10]``, 0 to 1, in the datamodule's order.
+        probabilities: ``[N, 10]``, in the datamodule's order.
 
     Raises:
         NothingClassified: If no picture could be read; predictions.csv then holds the reasons.
         UsageError: If ``folder`` is a file.
-        OSError: If a file cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output={one_line(folder)}: expected a folder, found a file")
@@ -53,8 +49,8 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     write_atomic(folder / "predictions.csv", _csv(predictions).encode())
     if classified:
         rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
-        plots.save(plots.predictions(rows), folder / "predictions.png")
-    rich.print(_table(predictions[:SHOWN]))
+        write_atomic(folder / "predictions.png", plots.png(plots.predictions(rows)))
+    print(_table(predictions[:SHOWN]))
     rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
     print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
     print(f"all: {one_line(folder / 'predictions.csv')}")
@@ -65,12 +61,12 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
 def _predictions(data: FashionMNISTDataModule, probabilities: Tensor) -> list[Prediction]:
     values, indices = probabilities.topk(3)  # [N, 3] each
     predictions = []
-    for i, (row, shares) in enumerate(zip(indices.tolist(), values.tolist(), strict=True)):
-        top = [(FashionMNIST.classes[index], share) for index, share in zip(row, shares, strict=True)]
+    for i, (top_values, top_indices) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+        labels = [FashionMNIST.classes[index] for index in top_indices]
+        name, error = f"test image {i}", ""
         if data.files:
-            predictions.append(Prediction(str(data.files[i]), top, data.errors.get(data.files[i], "")))
-        else:
-            predictions.append(Prediction(f"test image {i}", top, ""))
+            name, error = str(data.files[i]), data.errors.get(data.files[i], "")
+        predictions.append(Prediction(name, list(zip(labels, top_values, strict=True)), error))
     return predictions
 
 
@@ -86,15 +82,16 @@ def _csv(predictions: list[Prediction]) -> str:
     return text.getvalue()
 
 
-def _table(predictions: list[Prediction]) -> Table:
-    """Lays out the table; its cells are ``Text``, because rich reads markup and emoji codes in plain strings."""
-    table = Table(Column("file", overflow="fold"), "label", "second", "third")
+def _table(predictions: list[Prediction]) -> str:
+    """Returns a line for each picture; the file stands last, so that a name of any length is shown whole."""
+    lines = [f"{'label':<20}{'second':<20}{'third':<20}file"]
     for name, top, error in predictions:
-        cells = [Text(f"{label} {probability:.1%}") for label, probability in top]
         if error:
-            cells = [Text(one_line(error), style="red")]
-        table.add_row(Text(one_line(name)), *cells)
-    return table
+            lines.append(f"{'not classified':<60}{one_line(name)}: {one_line(error)}")
+        else:
+            cells = [f"{label} {probability:.1%}" for label, probability in top]
+            lines.append("".join(f"{cell:<20}" for cell in cells) + one_line(name))
+    return "\n".join(lines)
 
 
 def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.Row:
