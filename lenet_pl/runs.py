@@ -24,6 +24,7 @@ FINISHED = "finished.txt"  # why and when the training ended; absent while it ca
 BEST, LAST = "checkpoints/best.ckpt", "checkpoints/last.ckpt"
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 
+# The weights of the package: python scripts/pretrained.py makes the file.
 PRETRAINED = Path(__file__).with_name("pretrained.ckpt")
 
 

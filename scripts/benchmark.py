@@ -129,8 +129,8 @@ def fit(recipe: str, args: argparse.Namespace, *options: str) -> Run:
 def contest(name: str, args: argparse.Namespace, seed: int) -> Run:
     """Runs one contestant."""
     if name.startswith("lenet_pl"):
-        options = ("--trainer.max_epochs", str(args.epochs), "--data.val_size", str(args.val_size))
-        options += ("--model.compile", "true") if "compiled" in name else ()
+        options = ["--trainer.max_epochs", str(args.epochs), "--data.val_size", str(args.val_size)]
+        options += ["--model.compile", "true"] if "compiled" in name else []
         return fit("lenet", args, *options, "--seed_everything", str(seed))
     script = str(Path(__file__).with_name("contestants.py").resolve())
     command = [args.keras if name == "Keras" else sys.executable, script, name, "--seed", str(seed)]

@@ -68,12 +68,13 @@ def _files(name: str | Path) -> list[tuple[Path, bool]]:
             return [(file, False) for file in _below(path)]
         if path.is_file():  # no pipe, which would be read for ever
             return [(path, True)]
-        matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 (a pattern may be absolute)
+        files = [match for match in matches if match.is_file()]
     except OSError as error:
         raise ValueError(f"{one_line(name)}: {error.strerror}") from error
-    if not matches:
+    if not files:
         raise ValueError(f"{one_line(name)}: no such file or folder; give a picture or a folder")
-    return [(Path(match), False) for match in matches if Path(match).is_file()]
+    return [(file, False) for file in files]
 
 
 def _below(folder: Path) -> list[Path]:

@@ -1,0 +1,35 @@
+"""Makes the weights that come with the package from the checkpoint of a recipe, seed 0, not chosen by its score.
+
+    python -m lenet_pl fit --config best --seed_everything 0
+    python scripts/pretrained.py runs/best/version_0/checkpoints/last.ckpt
+
+It keeps what a checkpoint needs to be scored, and leaves out the optimizer and Lightning's own state.
+"""
+
+import sys
+from pathlib import Path
+
+from lenet_pl import checkpoint, runs
+
+KEPT = [
+    "state_dict",
+    "hyper_parameters",
+    "datamodule_hyper_parameters",
+    "seed",
+    "epoch",
+    "global_step",
+    "precision",
+    "pytorch-lightning_version",
+]
+
+
+def main(path: Path) -> None:
+    """Writes the package's file from the checkpoint ``path``."""
+    content = checkpoint.load_ours(path, resume=False)
+    kept = {name: content[name] for name in KEPT}
+    checkpoint.AtomicCheckpointIO().save_checkpoint(kept, runs.PRETRAINED)
+    print(f"{runs.PRETRAINED}: {runs.PRETRAINED.stat().st_size / 1000:,.0f} kB")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
