@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -137,13 +138,16 @@ class LitLeNet(LightningModule):
         self.automatic_optimization = True
 
     def lr_at(self, step: int) -> float:
-        """Returns the learning rate of an optimizer step, counted from 0."""
+        """Returns the learning rate of an optimizer step, counted from 0.
+
+        It is rounded to float32, in which a GPU reads it.
+        """
         peak: float = self.hparams["lr"]
         if self.hparams["schedule"] == "constant":
             return peak
         up: float = max(1.0, self.hparams["warmup"] * self.total_steps)
         down = max(1.0, self.total_steps - up)
-        return peak * min((step + 1) / up, (self.total_steps - step) / down)
+        return float(np.float32(peak * min((step + 1) / up, (self.total_steps - step) / down)))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Sets the learning rate of a one-cycle step, unless a scheduler of somebody else does."""

@@ -61,6 +61,7 @@ _UNASKED = (
     "distributed_backend",
     "All distributed processes",
     "LOCAL_RANK",
+    "You are using a CUDA device",
 )
 
 
