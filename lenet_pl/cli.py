@@ -259,7 +259,7 @@ def _has(callbacks: list[Any], kind: type) -> bool:
 def _help(parser: LightningArgumentParser, command: str) -> str:
     """Returns jsonargparse's help, with the options that people change most in front."""
     text = parser.format_help()
-    blocks = re.split(r"\n(?=  -)", text)  # one an option
+    blocks = re.split(r"\n(?=  -)", text)[1:]  # one an option, after the usage
     first = []
     for name in COMMON.split():
         first += [block.split("\n\n")[0] for block in blocks if re.search(rf"--{re.escape(name)} ", block[:80])][:1]
