@@ -62,6 +62,9 @@ class RunFolder(Callback):
                 callback.dirpath = str((self.path / "checkpoints").resolve())
                 if callback.save_last:  # last.ckpt is the newest finished epoch's, and ours
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.repeat_last_epoch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Lets what a callback is told now win over the checkpoint, and finds best.ckpt in a folder that has moved."""
@@ -85,9 +88,6 @@ class RunFolder(Callback):
             write_atomic(self.path / runs.CONFIG, self.config.encode())
             (self.path / runs.FINISHED).unlink(missing_ok=True)
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.repeat_last_epoch()
             kept = [row for row in runs.read_results(self.path) if int(row["epoch"]) <= finished]
             runs.write_results(self.path, kept)
 
@@ -197,11 +197,12 @@ class RunLogger(TensorBoardLogger):
         return str(self.folder.path)
 
     def repeat_last_epoch(self) -> None:
-        """Writes the last epoch's events again: Lightning writes them after its checkpoint, a kill may come between."""
+        """Writes once more what a resumed run dropped: the events of its last epoch, which a kill may have cut off."""
         for row in runs.read_results(self.folder.path):
             if int(row["step"]) == self.first_step:
                 values = {name: float(row[name]) for name in runs.COLUMNS[3:7] if row[name]}
                 self.log_metrics({**values, "epoch": int(row["epoch"]) - 1}, self.first_step - 1)
+        self.first_step = 0
 
 
 class BestCheckpoint(ModelCheckpoint):
