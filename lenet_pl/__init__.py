@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from lenet_pl.lenet import LeNet5
     from lenet_pl.module import LitLeNet
 
-# A notebook exports its own plotting backend to every command that it starts. torchmetrics imports matplotlib, which
-# would fail at once where the module is not installed beside this package.
+# A notebook sets its own plotting backend for every command that it starts. torchmetrics imports matplotlib, and that
+# import fails where the backend's module is not installed.
 _backend = os.environ.get("MPLBACKEND", "").removeprefix("module://")
 if _backend.count(".") and find_spec(_backend.split(".")[0]) is None:
     os.environ["MPLBACKEND"] = "agg"
@@ -22,7 +22,7 @@ _HOME = {"FashionMNISTDataModule": "datamodule", "LeNet5": "lenet", "LitLeNet": 
 
 
 def __getattr__(name: str) -> Any:
-    """Imports an export when it is first asked for: ``--help`` must not wait for torch."""
+    """Imports an exported name when it is first used, because ``--help`` must not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

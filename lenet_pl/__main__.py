@@ -1,4 +1,4 @@
-"""``python -m lenet_pl``: answers help and version at once, and imports torch only for a command."""
+"""``python -m lenet_pl``: answers ``--help`` and ``--version`` at once, and imports torch only for a command."""
 
 import difflib
 import io
@@ -12,10 +12,10 @@ COMMANDS = {
     "fit": "train; at the end score the best checkpoint on the test set",
     "validate": "score a checkpoint on the validation images",
     "test": "score a checkpoint on the 10,000 test images",
-    "predict": "classify pictures of your own, or the test images",
-    "report": "curves, confusions, calibration and mistakes of a checkpoint on one page",
-    "export": "the net as an ONNX file, proved on the test images",
-    "demo": "a local page: drop a picture, see what the net sees and its ten probabilities",
+    "predict": "classify your own pictures, or the test images",
+    "report": "make a page on a checkpoint: curves, confusions, calibration and mistakes",
+    "export": "write the net as an ONNX file that classifies the test images in the same way",
+    "demo": "serve a local page: drop a picture, see what the net sees and its ten probabilities",
 }
 USAGE = f"""\
 LeNet-5 on Fashion-MNIST with PyTorch Lightning, version {__version__}
@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        args: The arguments, ``sys.argv[1:]`` by default.
+        args: The arguments; ``sys.argv[1:]`` by default.
 
     Returns:
         The exit code: 0 done, 1 failed at run time, 2 wrong use, 130 Ctrl-C, 143 SIGTERM.
@@ -40,27 +40,27 @@ def main(args: list[str] | None = None) -> int:
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may not know × or ≤
+            stream.reconfigure(errors="replace")  # a terminal may be unable to show × or ≤
     try:
         code = _main(sys.argv[1:] if args is None else args)
         sys.stdout.flush()
         return code
-    except OSError as error:  # nobody reads any more (``| head``), or the disk is full
+    except OSError as error:  # nobody reads the output any more (``| head``), or the disk is full
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python flushes when it exits
         return 1
 
 
 def _open_closed_streams() -> None:
     """Lets a process without standard streams, such as a service, run silently.
 
-    Otherwise the next file that is opened, a checkpoint perhaps, would get the number of standard output.
+    Otherwise the next file to be opened, perhaps a checkpoint, would get the file descriptor of standard output.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (it stays open)

@@ -1,4 +1,4 @@
-"""What a run leaves behind and prints: its folder, a row and a line an epoch, the layers, a progress bar."""
+"""What a run writes and prints: its folder, a row and a line for each epoch, the layers, a progress bar."""
 
 import inspect
 import math
@@ -21,15 +21,15 @@ from lenet_pl.lenet import layers
 
 
 class RunFolder(Callback):
-    """Keeps the run folder: config.yaml, and for each epoch a row of results.csv and a printed line.
+    """Writes the run folder: config.yaml, and for each epoch a row of results.csv. It also prints a line each epoch.
 
     Args:
         parent: ``runs/<name>``; a new run gets the next free ``version_N`` in it.
         config: The complete configuration, as YAML.
-        resumed: The folder of the run to go on with, if any.
+        resumed: The folder of the run to resume, if any.
     """
 
-    takes_blocks = True  # it looks at epochs only, see blocks.py
+    takes_blocks = True  # it looks only at epochs, see blocks.py
 
     def __init__(self, parent: Path, config: str, resumed: Path | None = None) -> None:
         self.parent, self.config, self.resumed = parent, config, resumed
@@ -41,7 +41,7 @@ class RunFolder(Callback):
 
     @property
     def path(self) -> Path:
-        """The run folder; the first one who asks makes it. Until ``setup`` only the first process knows it."""
+        """The run folder, which is made on first use. Before ``setup`` only the first process knows it."""
         if self._path is None and rank_zero_only.rank:  # type: ignore[attr-defined]
             return self.parent
         if self._path is None:
@@ -55,19 +55,19 @@ class RunFolder(Callback):
         return self.resumed is None and self._path is not None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Tells every process the folder, and puts checkpoints without a folder of their own into it."""
+        """Tells every process the folder. Checkpoint callbacks that have no folder of their own get this one."""
         self._path = trainer.strategy.broadcast(self.path if trainer.is_global_zero else None)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.path / "checkpoints").resolve())
-                if callback.save_last:  # last.ckpt is the newest finished epoch's, and ours
+                if callback.save_last:  # the name last.ckpt belongs to our checkpoint of the newest epoch
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.repeat_last_epoch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Lets what a callback is told now win over the checkpoint, and finds best.ckpt in a folder that has moved."""
+        """Lets the arguments that a callback has now win over the checkpoint, and finds best.ckpt in a moved folder."""
         states = checkpoint["callbacks"]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = states.get(callback.state_key)
@@ -79,12 +79,12 @@ class RunFolder(Callback):
             if state.get("best_model_path"):
                 best = Path(state["dirpath"]) / Path(state["best_model_path"]).name
                 state["best_model_path"] = str(best)
-                if not best.is_file():  # without the file its score must go too, or perhaps no epoch would beat it
+                if not best.is_file():  # forget the score too: perhaps no later epoch beats it
                     del states[callback.state_key]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes the settings a run goes on with, and drops rows of epochs after its checkpoint."""
-        if self.resumed and trainer.is_global_zero:  # by now the checkpoint has been accepted
+        """Saves the settings with which a run resumes, and drops the rows of epochs after its checkpoint."""
+        if self.resumed and trainer.is_global_zero:  # the checkpoint has been accepted by now
             write_atomic(self.path / runs.CONFIG, self.config.encode())
             (self.path / runs.FINISHED).unlink(missing_ok=True)
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
@@ -96,14 +96,14 @@ class RunFolder(Callback):
         self.started, self.validated = time.perf_counter(), False
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes that this epoch has validation metrics; Lightning goes on showing those of an earlier epoch."""
+        """Notes that this epoch has validation metrics: Lightning keeps those of earlier epochs."""
         self.validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the epoch's row and prints its line.
 
         Raises:
-            FloatingPointError: If the training diverged; the checkpoints of the epochs before it stay.
+            FloatingPointError: If the training diverged. The checkpoints of earlier epochs stay.
         """
         metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
         epoch, seconds = trainer.current_epoch + 1, time.perf_counter() - self.started
@@ -129,17 +129,17 @@ class RunFolder(Callback):
         self._warn_if_slow(seconds)
 
     def _warn_if_slow(self, seconds: float) -> None:
-        """Says once that something slows the threads down; a thread that waits for a busy core holds up all others."""
+        """Says once that an epoch was slow. One thread that waits for a busy core makes all others wait."""
         if seconds > 3 * self.fastest and torch.get_num_threads() > 1 and not self.warned:
             self.warned = True
             print(
                 f"This epoch took {seconds / self.fastest:.0f} times as long as the fastest one. If another program "
-                "keeps a core busy, --threads 1 is quicker."
+                "keeps a core busy, --threads 1 is faster."
             )
         self.fastest = min(self.fastest, seconds)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes that the training has ended, and says why where it ended early."""
+        """Writes why the training ended, and prints it if the training ended early."""
         done, reason = trainer.current_epoch, _reason(trainer)
         if trainer.is_global_zero:
             write_atomic(self.path / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
@@ -148,7 +148,7 @@ class RunFolder(Callback):
 
 
 def _arguments(kind: type) -> set[str]:
-    """Returns the names of the arguments that a class and its parents take."""
+    """Returns the names of the arguments of a class and its parents."""
     names: set[str] = set()
     for parent in kind.__mro__[:-1]:
         names |= set(inspect.signature(parent).parameters)
@@ -156,7 +156,7 @@ def _arguments(kind: type) -> set[str]:
 
 
 def _reason(trainer: Trainer) -> str | None:
-    """Says why a training ended before ``max_epochs``, or returns None if it did not."""
+    """Returns why a training ended before ``max_epochs``, or None if it did not."""
     if trainer.global_step == trainer.max_steps:
         return f"trainer.max_steps={trainer.max_steps} is reached"
     if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
@@ -170,7 +170,7 @@ def _reason(trainer: Trainer) -> str | None:
 
 
 def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
-    """Formats a row of results.csv for people: accuracies in per cent."""
+    """Formats a row of results.csv as a line to print, with accuracies in per cent."""
     parts = [f"epoch {row['epoch']}/{max_epochs}"]
     for name in runs.COLUMNS[3:7]:
         if row[name] != "":
@@ -179,11 +179,11 @@ def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
 
 
 class RunLogger(TensorBoardLogger):
-    """Writes TensorBoard events into the run folder, which exists only when the training starts.
+    """Writes TensorBoard events into the run folder, which does not exist before the training starts.
 
     Args:
-        folder: Knows the run folder.
-        step: The optimizer step from which the run goes on; events of later steps are dropped.
+        folder: The callback that knows the run folder.
+        step: The optimizer step from which the run resumes. Events of later steps are dropped.
     """
 
     def __init__(self, folder: RunFolder, step: int = 0) -> None:
@@ -206,7 +206,7 @@ class RunLogger(TensorBoardLogger):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt, the epoch with the highest ``val_acc``, the earlier one on a tie."""
+    """Writes best.ckpt: the epoch with the highest ``val_acc``, and of equal ones the earliest."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -214,20 +214,20 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves if that was the best epoch; one that ``max_steps`` cut short has no validation to go by."""
+        """Saves if that was the best epoch. An epoch that ``max_steps`` cut short has no validation accuracy."""
         if "val_acc" in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps last.ckpt, the newest epoch: Lightning's own ``save_last`` writes only when it saves another one."""
+    """Writes last.ckpt after every epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
 
 
 class Summary(Callback):
-    """Prints the net's layers with output shapes and parameters at the start, as the article does."""
+    """Prints the layers with output shapes and numbers of parameters at the start, as the article does."""
 
     takes_blocks = True
 
@@ -245,16 +245,16 @@ class Summary(Callback):
 
 
 class EpochBar(RichProgressBar):
-    """An epoch's progress on a terminal, with the metrics so far; the finished epochs are lines above it."""
+    """The progress of an epoch on a terminal, with the metrics so far. Lines above it show the finished epochs."""
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=5)  # at Lightning's 100 times a second its thread slows the steps
+        super().__init__(refresh_rate=5)  # Lightning's 100 times a second would slow the training down
 
-    def _get_train_description(self, current_epoch: int) -> str:  # private, for there is no public one (#12183)
-        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted like results.csv and the lines
+    def _get_train_description(self, current_epoch: int) -> str:  # there is no public hook (Lightning issue 12183)
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1 like results.csv
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        """Returns the metrics as text, accuracies in per cent."""
+        """Returns the metrics as text, with accuracies in per cent."""
         metrics = super().get_metrics(trainer, pl_module)
         return {
             name: f"{value:.2%}" if name.endswith("acc") else f"{value:.4f}"

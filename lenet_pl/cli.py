@@ -1,7 +1,7 @@
 """LightningCLI: from the options of a command to its data, model and trainer.
 
-Settings come from four places, the later winning over the earlier: the defaults in the signatures; what the checkpoint
-or its run folder says; config files; flags.
+Settings come from four places, of which a later one wins over an earlier one: the defaults in the signatures, the
+checkpoint or its run folder, config files, flags.
 """
 
 import os
@@ -33,10 +33,10 @@ COMMON = (
     "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
     "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift"
 )
-# Trainer's own defaults leave the length open, and validate twice on untrained weights.
+# Trainer's own defaults leave the length open and validate untrained weights first.
 TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
 # One process trains LeNet-5 at batch 32 in 7.0, 5.1, 4.5, 4.7, 3.8, 3.3 s an epoch with 1, 2, 3, 4, 6, 8 threads
-# (16-core Xeon): from 4 on the gain is small, and other programs have use for the cores.
+# (16-core Xeon). More than 4 gain little, and other programs can use the cores.
 MOST_THREADS = 4
 
 
@@ -45,14 +45,14 @@ class CLI(LightningCLI):
 
     Args:
         command: Such as ``fit``.
-        args: What follows the command.
+        args: The arguments after the command.
 
     Attributes:
-        path: The checkpoint's file, if the command starts from one.
-        checkpoint: What it holds.
-        folder: The folder of the run that a training goes on with.
+        path: The checkpoint's file, if the command starts from a checkpoint.
+        checkpoint: Its content.
+        folder: The folder of the run that a training resumes.
         stored: The settings of the checkpoint or of that run.
-        run_folder: Keeps the run folder of a training.
+        run_folder: The callback that writes the run folder of a training.
 
     Raises:
         UsageError: If an option is unknown or its value is wrong.
@@ -78,20 +78,20 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what this command takes beside trainer, model and data."""
+        """Adds the options of this command that are not about trainer, model or data."""
         words = "A file, or best, last, pretrained" + (" or auto." if self.command == "fit" else ".")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=words)
-        parser.add_argument("--name", type=str | None, default=None, help="Folder in runs/; the config file's name.")
+        parser.add_argument("--name", type=str | None, default=None, help="Folder in runs/ (default: the config's).")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; results depend on them.")
         if self.command == "fit":
             parser.add_argument("--test", type=bool, default=True, help="Whether to score the test images at the end.")
         if self.command in ("predict", "export"):
-            parser.add_argument("--output", type=str | None, default=None, help="Folder (export: or file) to write to.")
+            parser.add_argument("--output", type=str | None, default=None, help="Folder to write to, or export's file.")
         if self.command == "demo":
             parser.add_argument("--port", type=int, default=7860, help="TCP port on 127.0.0.1, 1 to 65535.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the command line, and puts it on top of what the checkpoint says."""
+        """Parses the command line. Its settings win over those of the checkpoint."""
         if {"-h", "--help"} & set(args):
             print(_help(parser, self.command))
             sys.exit(0)
@@ -117,7 +117,7 @@ class CLI(LightningCLI):
             checks.check_resume(self.config, self.path, self.checkpoint)
 
     def _of_run(self, given: Namespace) -> dict[str, Any]:
-        """Finds the run that ``fit`` goes on with, loads its checkpoint and returns its settings."""
+        """Finds the run that ``fit`` resumes, loads its checkpoint and returns its settings."""
         word = given.get("ckpt_path")
         if word is None:
             return {}
@@ -126,7 +126,7 @@ class CLI(LightningCLI):
             if not newest:
                 return {}
             self.folder = newest[0]
-            if not (self.folder / runs.LAST).is_file():  # stopped in its first epoch: it begins again
+            if not (self.folder / runs.LAST).is_file():  # it was stopped in its first epoch and starts again
                 return configs.of_run(self.folder)
             word = str(self.folder / runs.LAST)
         self.path = runs.find(word, self.root, self.name)
@@ -135,7 +135,7 @@ class CLI(LightningCLI):
         return configs.of_run(self.folder) if self.folder else self._settings_of_checkpoint()
 
     def _of_checkpoint(self, word: str | None) -> dict[str, Any]:
-        """Finds and loads the checkpoint of a command that does not train, and returns its settings."""
+        """Finds and loads the checkpoint for a command that does not train, and returns its settings."""
         if word is None:
             has_runs = runs.all_runs(self.root, self.name) or not runs.PRETRAINED.is_file()
             word = "best" if has_runs else "pretrained"
@@ -144,9 +144,9 @@ class CLI(LightningCLI):
         return self._settings_of_checkpoint()
 
     def _settings_of_checkpoint(self) -> dict[str, Any]:
-        """Returns what a checkpoint alone says: model, data, seed and precision."""
+        """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
         data = dict(self.checkpoint["datamodule_hyper_parameters"])
-        if not Path(data.get("data_dir", "")).is_dir():  # it is another machine's
+        if not Path(data.get("data_dir", "")).is_dir():  # the checkpoint comes from another machine
             data.pop("data_dir", None)
         return {
             "model": self.checkpoint["hyper_parameters"],
@@ -156,7 +156,7 @@ class CLI(LightningCLI):
         }
 
     def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:
-        """Parses the settings that a checkpoint brings, on top of the defaults."""
+        """Parses the settings of a checkpoint. They win over the defaults."""
         try:
             stored: Namespace = parser.parse_object(settings)
         except (ArgumentError, TypeError, KeyError) as error:
@@ -174,10 +174,10 @@ class CLI(LightningCLI):
         if processes > 1:
             os.environ.setdefault(
                 "OMP_NUM_THREADS", str(self.config.threads)
-            )  # otherwise Lightning sets its own number
+            )  # otherwise Lightning sets another number
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer; what their signatures refuse is wrong use."""
+        """Builds data, model and trainer. A value that they refuse is wrong use."""
         try:
             super().instantiate_classes()
         except UsageError:
@@ -196,7 +196,7 @@ class CLI(LightningCLI):
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the Trainer with the callbacks, the logger and the checkpoint plugin of the command."""
+        """Builds the Trainer with the callbacks, the logger and the checkpoint plugin that the command needs."""
         options = self.config_init.trainer
         asked = _listed(options.callbacks)
         ours: list[Any] = []
@@ -210,7 +210,7 @@ class CLI(LightningCLI):
                 ours.append(LastCheckpoint())
             if options.enable_model_summary is not False and not _has(asked, ModelSummary):
                 ours.append(Summary())
-            kwargs["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one
+            kwargs["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one block
         elif not options.barebones:
             kwargs["enable_checkpointing"] = False
         if options.logger in (None, True):
@@ -230,8 +230,8 @@ class CLI(LightningCLI):
         kwargs["plugins"] = [*_listed(options.plugins), checkpoint.AtomicCheckpointIO()]
         kwargs["callbacks"] = asked + ours
         trainer: Trainer = super().instantiate_trainer(**kwargs)
-        # Lightning's handlers wait for other processes inside the handler, save within an epoch, and end with exit code
-        # 0 (its issue 19916); process.py has ours.
+        # Lightning's signal handlers wait for other processes, save within an epoch, and end with exit code 0 (its
+        # issue 19916). Ours are in process.py.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
@@ -241,7 +241,7 @@ class CLI(LightningCLI):
         config.name, config.ckpt_path = name, None
         config.pop("config", None)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about defaults that YAML cannot hold, see configs.readable
+            warnings.simplefilter("ignore")  # YAML cannot hold some defaults, see configs.readable
             text = self.parser.dump(config, skip_none=False, format="yaml")
         return str(yaml.safe_dump(configs.readable(yaml.safe_load(text)), sort_keys=False, allow_unicode=True))
 
@@ -257,9 +257,9 @@ def _has(callbacks: list[Any], kind: type) -> bool:
 
 
 def _help(parser: LightningArgumentParser, command: str) -> str:
-    """Returns jsonargparse's help, with the options that people change most in front."""
+    """Returns jsonargparse's help, preceded by the options that people change most."""
     text = parser.format_help()
-    blocks = re.split(r"\n(?=  -)", text)[1:]  # one an option, after the usage
+    blocks = re.split(r"\n(?=  -)", text)[1:]  # one for each option, without the usage
     first = []
     for name in COMMON.split():
         first += [block.split("\n\n")[0] for block in blocks if re.search(rf"--{re.escape(name)} ", block[:80])][:1]

@@ -1,4 +1,4 @@
-"""What each command does: a plain function each."""
+"""The commands: each is a plain function."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ say = rank_zero_only(print)
 
 
 def fit(cli: CLI) -> None:
-    """Trains, scores the chosen checkpoint once on the test set, and writes the report."""
+    """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
     folder = cli.run_folder
     if cli.folder and cli.config.ckpt_path == "auto" and _is_finished(cli):
         say(f"{cli.folder} is finished: {(cli.folder / runs.FINISHED).read_text('utf-8').strip()}")
@@ -32,7 +32,7 @@ def fit(cli: CLI) -> None:
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
         finally:
-            if folder and folder.is_new and not cli.trainer.global_step:  # the training never started
+            if folder and folder.is_new and not cli.trainer.global_step:  # no step was taken
                 runs.remove(folder.path)
     if folder is None or not cli.trainer.checkpoint_callbacks:
         return
@@ -47,10 +47,10 @@ def fit(cli: CLI) -> None:
 
 
 def _is_finished(cli: CLI) -> bool:
-    """Says whether the run that ``auto`` found has ended, and was as long as is asked for now.
+    """Says whether the run that ``auto`` found is finished, and as long as the command line asks for.
 
     Raises:
-        UsageError: If it has ended but was trained with other settings.
+        UsageError: If it is finished but was trained with other settings.
     """
     assert cli.folder is not None
     if not (cli.folder / runs.FINISHED).is_file():
@@ -63,7 +63,7 @@ def _is_finished(cli: CLI) -> bool:
         for name, value in new[group].items():
             if name != "data_dir" and old[group].get(name, value) != value:
                 change = f"{group}.{name}: {old[group][name]} before, {value} now"
-                raise UsageError(f"{cli.folder} is finished, with other settings ({change}); choose another --name")
+                raise UsageError(f"{cli.folder} is finished, but with other settings ({change}); choose another --name")
     return True
 
 
@@ -110,7 +110,7 @@ def predict(cli: CLI) -> None:
 
 
 def report(cli: CLI, path: Path | None = None) -> None:
-    """Writes report.html and its pictures from a checkpoint alone."""
+    """Writes report.html and its pictures, for which a checkpoint is enough."""
     from lenet_pl.apps import report as app
 
     path = path or cli.path
@@ -121,7 +121,7 @@ def report(cli: CLI, path: Path | None = None) -> None:
 
 
 def export(cli: CLI) -> None:
-    """Writes the net as an ONNX file for other programs."""
+    """Writes the net as an ONNX file, which other programs can run."""
     from lenet_pl.apps import export as app
 
     assert cli.path is not None
@@ -139,7 +139,7 @@ COMMANDS = {function.__name__: function for function in (fit, validate, test, pr
 
 
 def run(command: str, args: list[str]) -> int:
-    """Runs one command; returns its exit code (0, 1, 2, 130 or 143)."""
+    """Runs one command and returns its exit code (0, 1, 2, 130 or 143)."""
     process.quiet()
     cli = None
     try:
@@ -154,7 +154,7 @@ def run(command: str, args: list[str]) -> int:
         return int(stop.code or 0)
     except SystemExit as leave:  # --help and --print_config
         return int(leave.code or 0)
-    except BrokenPipeError:  # nobody reads any more, as with ``| head``: __main__ answers that
+    except BrokenPipeError:  # nobody reads the output any more (``| head``): __main__ handles that
         raise
     except UsageError as error:
         return tell(error, 2)
@@ -164,13 +164,13 @@ def run(command: str, args: list[str]) -> int:
 
 
 def _how_to_go_on(cli: CLI | None) -> str:
-    """Returns the end of a sentence that says how a stopped training goes on."""
+    """Returns the end of a sentence that says how to resume a stopped training."""
     if cli is None or cli.command != "fit" or cli.run_folder is None:
         return ""
     launcher: Any = cli.trainer.strategy.launcher
-    if hasattr(launcher, "kill"):  # the processes that Lightning started
+    if hasattr(launcher, "kill"):  # Lightning started other processes
         launcher.kill(signal.SIGTERM)
     last = cli.run_folder.path / runs.LAST
     if not last.is_file():
         return " before the first epoch was finished; start the run again"
-    return f"; go on with: python -m lenet_pl fit --ckpt_path {shlex.quote(str(last))}"
+    return f"; resume with: python -m lenet_pl fit --ckpt_path {shlex.quote(str(last))}"

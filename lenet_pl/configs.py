@@ -1,4 +1,4 @@
-"""Settings as text: config files and flags before they are parsed, settings as they are written."""
+"""Settings as text: config files and flags before jsonargparse reads them, and settings before they are saved."""
 
 import difflib
 import re
@@ -14,21 +14,21 @@ from lenet_pl.errors import UsageError
 from lenet_pl.runs import CONFIG
 
 _HERE = Path(__file__).parent
-# The recipes lie in the checkout beside the package, and in the package where it was installed as a wheel.
+# The recipes lie inside the package if it was installed from a wheel, and beside it in a checkout.
 RECIPES = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), Path("configs"))
 _EXPECTED = "expected settings such as\nmodel:\n  lr: 0.001"
 
 
 def read_in(args: list[str]) -> tuple[list[str], str | None]:
-    """Replaces the names of config files by their contents.
+    """Replaces the names of config files in the arguments by the contents of the files.
 
-    jsonargparse would open them in the locale's encoding, and tell neither the name nor the line of a mistake.
+    jsonargparse would read them in the locale's encoding, and would not name the file and the line of a mistake.
 
     Args:
-        args: Command line arguments; a config file follows ``--config`` or ``-c``, or ``=`` after it.
+        args: Command line arguments. ``--config`` or ``-c`` precedes the name of a config file, with ``=`` or a space.
 
     Returns:
-        The arguments, and the name of the last file without its suffix, if there is one.
+        The arguments, and the name of the last file without its suffix, or None without a file.
 
     Raises:
         UsageError: See :func:`read`.
@@ -49,13 +49,13 @@ def read_in(args: list[str]) -> tuple[list[str], str | None]:
 
 
 def read(name: str) -> str:
-    """Returns a config file as YAML in ASCII, which every locale can handle, after checking that it holds settings.
+    """Checks that a config file holds settings, and returns it as YAML in ASCII, which every locale can handle.
 
     Args:
         name: A file, or a recipe's name such as ``best`` or ``best.yaml``.
 
     Raises:
-        UsageError: If there is no such file, or it is no YAML in UTF-8, has a key twice, or holds no settings.
+        UsageError: If the file does not exist, is not YAML in UTF-8, has a key twice, or holds no settings.
     """
     path = _find(name)
     try:
@@ -65,16 +65,16 @@ def read(name: str) -> str:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"config file {name}{line}: {problem or 'no YAML'}; {_EXPECTED}") from error
-    except (OSError, ValueError) as error:  # a folder, other bytes than UTF-8, a 13th month
+        raise UsageError(f"config file {name}{line}: {problem or 'this is not YAML'}; {_EXPECTED}") from error
+    except (OSError, ValueError) as error:  # a folder, bytes that are not UTF-8, a 13th month
         raise UsageError(f"config file {name}: {error}; expected YAML in UTF-8") from error
     if not isinstance(tree, yaml.MappingNode):
         raise UsageError(f"config file {name}: {_EXPECTED}")
     seen = set()
     for key, value in tree.value:
         place = f"config file {name}, line {key.start_mark.line + 1}: {key.value}"
-        if key.value in seen:  # YAML would forget the first one
-            raise UsageError(f"{place} stands there for the second time; join the two")
+        if key.value in seen:  # YAML would ignore the first one
+            raise UsageError(f"{place} is there for the second time; join the two")
         if key.value in ("trainer", "model", "data") and not isinstance(value, yaml.MappingNode):
             raise UsageError(f"{place} has no settings; {_EXPECTED}")
         seen.add(key.value)
@@ -99,10 +99,10 @@ def _find(name: str) -> Path:
 
 
 def take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
-    """Takes the values of an option out of the arguments, because YAML would read a file name ``[a].png`` as a list.
+    """Takes the values of an option out of the arguments: YAML would read a file name such as ``[a].png`` as a list.
 
     Returns:
-        The other arguments, and the values: all words after the option up to the next option.
+        The other arguments, and the values, which are all words after the option up to the next option.
     """
     rest, values, taking = [], [], False
     for arg in args:
@@ -118,17 +118,17 @@ def take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
 
 
 def with_home_folders(settings: Any) -> Any:
-    """Expands ``~`` at the beginning of any text: no other text begins so."""
+    """Expands ``~`` at the beginning of any text, because only paths begin with it."""
     return _changed(settings, lambda text: str(Path(text).expanduser()) if re.match(r"~[\w.-]*(/|$)", text) else text)
 
 
 def plain(settings: Any) -> Any:
-    """Replaces enumerations, which stand in signatures as defaults, by their text: YAML cannot hold them."""
+    """Replaces members of enumerations, which are defaults in some signatures, by their text: YAML cannot hold them."""
     return _changed(settings, lambda text: str(text.value) if isinstance(text, Enum) else text)
 
 
 def _changed(settings: Any, change: Callable[[str], str]) -> Any:
-    """Applies ``change`` to each text in settings."""
+    """Applies ``change`` to every text in settings."""
     if isinstance(settings, Namespace):
         return Namespace(**{key: _changed(value, change) for key, value in vars(settings).items()})
     if isinstance(settings, list):
@@ -137,7 +137,7 @@ def _changed(settings: Any, change: Callable[[str], str]) -> Any:
 
 
 def joined(stored: Any, given: Any) -> Any:
-    """Joins the callbacks (loggers, plugins) of a run with those given now: one given again replaces the stored one."""
+    """Joins stored callbacks (loggers, plugins) with given ones. A given one replaces a stored one of its class."""
     if not isinstance(given, list):
         return given
     result = list(stored) if isinstance(stored, list) else []
@@ -152,7 +152,7 @@ def joined(stored: Any, given: Any) -> Any:
 
 
 def readable(settings: Any) -> Any:
-    """Leaves out values that jsonargparse could not write: they are defaults of a signature, such as a device."""
+    """Leaves out values that jsonargparse could not write. They are defaults of a signature, such as a device."""
     if isinstance(settings, list):
         return [readable(value) for value in settings]
     if not isinstance(settings, dict):

@@ -1,4 +1,4 @@
-"""Fashion-MNIST for Lightning: the files, the training/validation split, the loaders."""
+"""Fashion-MNIST for Lightning: the files, the split into training and validation images, the loaders."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, EvalLoader, TrainLoader, gen
 
 
 class FashionMNIST(torchvision.datasets.FashionMNIST):  # type: ignore[misc]
-    """torchvision's reader, which must not prefer an unverified ``processed/`` folder over the verified files."""
+    """torchvision's reader, which would otherwise prefer an unverified ``processed/`` folder to the verified files."""
 
     def _check_legacy_exist(self) -> bool:
         return False
@@ -23,23 +23,23 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):  # type: ignore[misc]
 class FashionMNISTDataModule(LightningDataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test images of 28×28 grey pixels, ten classes.
 
-    The images stay in memory as bytes, on the device where they fit. They are indexed, augmented and normalised a
-    block of mini-batches at a time.
+    The images stay in memory as bytes, on the training device if they fit there. A whole block of mini-batches is
+    indexed, augmented and normalised at once.
 
     Args:
-        data_dir: Folder that holds, or gets, ``FashionMNIST/raw`` with the four files.
+        data_dir: Folder with ``FashionMNIST/raw``; the four files are downloaded to it where they are missing.
         batch_size: Images per optimizer step and process, at least 1.
-        val_size: Training images held out for validation, 0 to 59,999. 0 trains on all and validates on none.
+        val_size: Training images held out for validation, 0 to 59,999. With 0 all images train, and none validate.
         split_seed: Seed of the training/validation split, separate from the training seed.
-        steps_per_execution: Optimizer steps that one Lightning training step runs, at least 1. The weights are the
-            same to the bit; only the time around the steps shrinks. It becomes 1 by itself where something looks at
-            single steps.
-        mean: Pixel mean subtracted after scaling to 0..1 (0.2860 is the training set's).
-        std: Pixel standard deviation divided by (0.3530 is the training set's).
+        steps_per_execution: Optimizer steps in one Lightning training step, at least 1. The weights are the same to
+            the bit, and only the time between the steps shrinks. It becomes 1 by itself if something has to see single
+            steps.
+        mean: Mean that is subtracted from the pixels after scaling to 0..1 (the training images have 0.2860).
+        std: Standard deviation by which the pixels are divided after that (the training images have 0.3530).
         flip: Whether to mirror each training image left-right with probability one half.
-        shift: Largest random shift of a training image in pixels, 0 to 27, drawn per image and axis.
+        shift: Largest random shift of a training image in pixels, 0 to 27. Each image and axis draws its own.
         images: For ``predict``: pictures, folders or patterns such as ``*.png``; the test images by default.
-        preprocess: Whether to turn those pictures into what the training data look like.
+        preprocess: Whether to make those pictures look like the training images.
 
     Raises:
         UsageError: If an argument is out of its range.
@@ -80,18 +80,18 @@ class FashionMNISTDataModule(LightningDataModule):
         self.preprocess = preprocess
         self.files = _find_pictures(images) if images else []
         self.errors: dict[Path, str] = {}  # the pictures that could not be read, and why
-        self.seed = 0  # the training seed, known when training starts
+        self.seed = 0  # the training seed; setup sets it
         self.train_set: Batch | None = None  # uint8 images and labels, like the next two
         self.val_set: Batch | None = None
         self.test_set: Batch | None = None
 
     def prepare_data(self) -> None:
-        """Puts the verified files in place; raises ``download.DataError`` where that fails."""
+        """Puts the verified files in place, and raises ``download.DataError`` if that fails."""
         if not (self.files and self.trainer and self.trainer.predicting):
             download.ensure(self.data_dir)
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs: training and validation images, or the test images."""
+        """Reads the images that the stage needs: for training and validation, or for the test."""
         if stage in ("fit", "validate") and self.train_set is None:
             images, labels = self._read(train=True)
             if self.val_size >= len(labels):
@@ -106,14 +106,14 @@ class FashionMNISTDataModule(LightningDataModule):
         if stage == "fit":
             self.seed = torch.initial_seed() % 2**63
             if self.trainer and not self.val_size:
-                self.trainer.limit_val_batches = 0  # otherwise Lightning warns of an empty loader
+                self.trainer.limit_val_batches = 0  # otherwise Lightning warns about an empty loader
 
     def _read(self, train: bool) -> Batch:
         data = FashionMNIST(self.data_dir, train=train)
         return data.data.unsqueeze(1), data.targets
 
     def train_dataloader(self) -> TrainLoader:
-        """Returns shuffled, augmented mini-batches, in blocks for a module that takes them."""
+        """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks."""
         trainer = self.trainer
         return TrainLoader(
             *self._placed(self.train_set),
@@ -134,22 +134,22 @@ class FashionMNISTDataModule(LightningDataModule):
         return EvalLoader(*self._placed(self.val_set), self.mean, self.std, self._rank, self._world)
 
     def test_dataloader(self) -> EvalLoader:
-        """Returns the test batches: every image once, over all processes together."""
+        """Returns the test batches. All processes together see every image once."""
         return EvalLoader(*self._placed(self.test_set), self.mean, self.std, self._rank, self._world)
 
     def predict_dataloader(self) -> EvalLoader | DataLoader[Path]:
-        """Returns the user's pictures in batches, black in place of one that cannot be read; or the test batches."""
+        """Returns batches of the user's pictures, with black for an unreadable one, or by default the test batches."""
         if not self.files:
             return self.test_dataloader()
         return DataLoader(self.files, batch_size=EVAL_BATCH_SIZE, collate_fn=self._load_pictures)  # type: ignore[arg-type]
 
     def _placed(self, images_and_labels: Batch | None) -> Batch:
-        """Moves images and labels to the trainer's device where they fit: 47 MB fit on nearly every device."""
+        """Moves images and labels to the trainer's device if they fit. They have at most 47 MB."""
         assert images_and_labels is not None, "call setup() first"
         images, labels = images_and_labels
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if device.type == "cuda" and 4 * images.numel() > torch.cuda.mem_get_info(device)[0]:
-            return images, labels  # each block travels by itself
+            return images, labels  # Lightning then moves each block by itself
         return images.to(device), labels.to(device)
 
     @property
@@ -167,7 +167,7 @@ class FashionMNISTDataModule(LightningDataModule):
         return self.train_set[0][order], self.train_set[1][order]
 
     def _load_pictures(self, paths: list[Path]) -> Batch:
-        from lenet_pl.apps import pictures  # only predict needs Pillow's decoders
+        from lenet_pl.apps import pictures  # only predict needs Pillow
 
         images = torch.zeros(len(paths), 1, 28, 28, dtype=torch.uint8)
         for image, path in zip(images, paths, strict=True):
@@ -179,6 +179,6 @@ class FashionMNISTDataModule(LightningDataModule):
 
 
 def _find_pictures(images: Any) -> list[Path]:
-    from lenet_pl.apps import pictures  # only predict needs Pillow's decoders
+    from lenet_pl.apps import pictures  # only predict needs Pillow
 
     return pictures.find(images)

@@ -1,4 +1,4 @@
-"""Where the four Fashion-MNIST files come from; SHA-256 is the only judge."""
+"""Gets the four Fashion-MNIST files and verifies them by their SHA-256, wherever they come from."""
 
 import gzip
 import hashlib
@@ -17,14 +17,14 @@ from urllib.request import urlopen
 
 from lenet_pl.atomic import write_atomic
 
-# Name: SHA-256 and size of the raw content in bytes.
+# The name of each file, with the SHA-256 and the size in bytes of its raw content.
 FILES = {
     "train-images-idx3-ubyte": ("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", 47040016),
     "train-labels-idx1-ubyte": ("bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9", 60008),
     "t10k-images-idx3-ubyte": ("5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", 7840016),
     "t10k-labels-idx1-ubyte": ("0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34", 10008),
 }
-# Folders, mirrors and a Debian package, tried in this order after data_dir and LENET_PL_DATA_SOURCE.
+# Folders, mirrors and a Debian package. They are tried in this order, after data_dir and LENET_PL_DATA_SOURCE.
 SOURCES: tuple[str, ...] = (
     "/usr/share/datasets/fashion-mnist",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",  # FashionMNIST.mirrors of torchvision
@@ -32,22 +32,22 @@ SOURCES: tuple[str, ...] = (
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets",  # Keras's copy
     "apt:dataset-fashion-mnist",
 )
-TIMEOUT = 10.0  # seconds a mirror may stay silent
+TIMEOUT = 10.0  # seconds that a mirror may stay silent
 PAUSES = (0.5, 1.0)  # seconds before each retry of a transfer that broke
 APT_TIMEOUT = 300  # seconds for one apt command
 
-# What a bad source may end in; trouble in the data folder is another matter.
+# The errors of a bad source. Trouble in the data folder is handled elsewhere.
 _FAULTS = (OSError, ValueError, HTTPException)
 
 
 class DataError(RuntimeError):
-    """The data cannot be had or stored; the message is fit for the user and holds the remedy."""
+    """The data cannot be fetched or stored. The message is meant for the user and says what to do."""
 
 
 def ensure(data_dir: str | Path) -> Path:
     """Verifies the four raw files and fetches those that are missing or damaged.
 
-    Several processes may do so at once: a file appears whole and verified, or not at all.
+    Several processes may do this at once: a file appears whole and verified, or not at all.
 
     Args:
         data_dir: The ``root`` of ``torchvision.datasets.FashionMNIST``.
@@ -56,20 +56,20 @@ def ensure(data_dir: str | Path) -> Path:
         ``data_dir/FashionMNIST/raw``, which holds the four verified files under torchvision's names.
 
     Raises:
-        DataError: If no source gave a file (each is listed), or ``data_dir`` cannot be read or written.
+        DataError: If a file came from no source (the message lists them), or ``data_dir`` cannot be read or written.
     """
     raw = Path(data_dir) / "FashionMNIST" / "raw"
     try:
         missing = [name for name in FILES if not _is_sound(raw / name)]
         if missing:
             raw.mkdir(parents=True, exist_ok=True)
-            # Beside the targets: renames are atomic there, and a read-only folder is noticed at once.
+            # The scratch folder lies beside the files, so that a read-only folder is noticed at once.
             with tempfile.TemporaryDirectory(dir=raw, prefix=".tmp-", ignore_cleanup_errors=True) as scratch:
                 _fetch(raw, missing, Path(scratch).absolute())
     except OSError as error:
         raise DataError(
             f"{error.filename or raw}: {error.strerror or error}.\n"
-            "Remove what is in the way, mend its permissions, or free space (150 MB while data is fetched); "
+            "Remove what is in the way, correct its permissions, or free space (150 MB while data is fetched); "
             "or name another data_dir."
         ) from error
     return raw
@@ -87,10 +87,10 @@ def _is_sound(path: Path) -> bool:
 
 
 def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
-    """Goes through the sources until nothing is missing."""
+    """Tries one source after another until no file is missing."""
     failures: dict[str, str] = {}  # source: reason
     named = os.environ.get("LENET_PL_DATA_SOURCE")
-    for source in (str(raw), *([named] if named else []), *SOURCES):  # raw: .gz files put there by hand
+    for source in (str(raw), *([named] if named else []), *SOURCES):  # raw may hold .gz files that somebody put there
         wanted, remote = list(missing), source.startswith(("http", "apt:"))
         if remote:
             _say(f"fetching Fashion-MNIST from {source}")
@@ -99,7 +99,7 @@ def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
                 content = _get(source, name, scratch)
             except _FAULTS as error:
                 failures.setdefault(source, str(error) or type(error).__name__)
-                if remote:  # a mirror that hangs must not hang four times
+                if remote:  # a mirror that hangs must not hang once per file
                     break
             else:
                 write_atomic(raw / name, content)
@@ -111,7 +111,7 @@ def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
         if source == named:
             _say(f"LENET_PL_DATA_SOURCE={named}: {failures[source]}")
     raise DataError(
-        f"Fashion-MNIST could not be had: {', '.join(missing)} missing or damaged. Tried:\n"
+        f"Fashion-MNIST could not be fetched: {', '.join(missing)} missing or damaged. Tried:\n"
         + "".join(f"  {source}: {reason}\n" for source, reason in failures.items())
         + f"Put the four files, raw or .gz, into {raw}, or name their folder in LENET_PL_DATA_SOURCE."
     )
@@ -132,14 +132,14 @@ def _get(source: str, name: str, scratch: Path) -> bytes:
 
 
 def _verified(file: BinaryIO, name: str) -> bytes:
-    """Returns the raw content of a file that is compressed or, whatever its name says, is not."""
+    """Verifies a file and returns its raw content. The file may be compressed or not, whatever its name says."""
     sha256, size = FILES[name]
     try:
         with file:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             source = gzip.GzipFile(fileobj=file) if compressed else file
-            content = source.read(size + 1)  # bounded: a gzip bomb must not fill the memory
+            content = source.read(size + 1)  # a limit, because a gzip bomb must not fill the memory
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{name}.gz is damaged: {error}") from error
     if len(content) != size:
@@ -154,7 +154,7 @@ def _download(url: str, name: str) -> bytes:
         try:
             return _verified(BytesIO(_transfer(url, FILES[name][1] + 65536)), name)
         except _FAULTS as error:
-            # No connection or a plain no, such as 404: the next mirror is the better retry.
+            # Without a connection, or after an answer such as 404, the next mirror is the better choice.
             hopeless = error.code < 500 if isinstance(error, HTTPError) else isinstance(error, URLError)
             if hopeless or pause is None:
                 raise
@@ -178,18 +178,18 @@ def _transfer(url: str, limit: int) -> bytes:
 
 
 def _unpack(package: str, scratch: Path) -> Path:
-    """Fetches and unpacks a Debian package without root, an installation, or the system's package lists."""
+    """Fetches and unpacks a Debian package. It needs no root, installs nothing and leaves the system's lists alone."""
     folder = scratch / "usr/share/datasets/fashion-mnist"
     if folder.exists():
         return folder
-    (scratch / "lists/partial").mkdir(parents=True)  # apt asks for it
+    (scratch / "lists/partial").mkdir(parents=True)  # apt requires it
     config = scratch / "apt.conf"
     config.write_text(f"""
         Dir::State::Lists "{scratch}/lists"; Dir::Cache "{scratch}/cache"; Acquire::Retries "1";
         Acquire::http::Timeout "{TIMEOUT:.0f}"; Acquire::https::Timeout "{TIMEOUT:.0f}";
     """)
     env = {**os.environ, "LC_ALL": "C", "APT_CONFIG": str(config)}
-    # One broken repository of several fails the update, but is no reason to stop.
+    # An update fails if one of several repositories is broken, but the download may still work.
     script = f"""
         bounded() {{ timeout --foreground -k 5 {APT_TIMEOUT} "$@"; }}
         bounded apt-get update; bounded apt-get download {package} && dpkg-deb -x *.deb .

@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one to three lines. Needs neither torch nor Lightning."""
+"""What a user reads when something is wrong: one to three lines. This module needs neither torch nor Lightning."""
 
 import difflib
 import errno
@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-# What jsonargparse says it expected, and plain words for it.
+# What jsonargparse expected, in its own words, and plain words for it.
 _EXPECTED = re.compile(
     r"Expected an? (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]|(dot import path))|(a subclass of \w+)"
 )
@@ -17,21 +17,21 @@ _TYPES |= {"list": "a list", "Iterable": "a list", "dot import path": "a class s
 
 
 class UsageError(ValueError):
-    """The command, a flag, a value or a file that was given is wrong: the process exits with 2."""
+    """The user gave a wrong command, flag, value or file. The process exits with 2."""
 
 
 class CheckpointError(UsageError):
-    """A checkpoint is missing or unfit for use; the text gives name, cause and remedy in at most three lines."""
+    """A checkpoint is missing or cannot be used. The text gives name, cause and remedy in at most three lines."""
 
 
 def shorten(text: str, length: int = 300) -> str:
-    """Brings a message onto one line of at most ``length`` characters."""
+    """Returns a message as one line of about ``length`` characters at most."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the option that ``name`` was perhaps meant to be: ``lr`` means ``model.lr``."""
+    """Returns the option that ``name`` probably means, such as ``model.lr`` for ``lr``, or None."""
     names = [option for option in known if not option.endswith(".help")]
     if alike := difflib.get_close_matches(name, names, 1, 0.8):
         return alike[0]
@@ -41,10 +41,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def explain(message: str, command: str, options: Iterable[str]) -> str:
-    """Shortens what jsonargparse says, often in many lines, and adds the nearest option and a remedy.
+    """Shortens a message of jsonargparse, and adds the nearest option and a remedy.
 
     Args:
-        message: Its text.
+        message: The message's text, often of many lines.
         command: The command, such as ``fit``.
         options: The command's options without dashes, such as ``model.lr``.
     """
@@ -73,13 +73,13 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
 
 
 def tell(error: BaseException, code: int) -> int:
-    """Prints what was wrong, under ``LENET_PL_DEBUG=1`` after the traceback; returns ``code``."""
+    """Prints what was wrong and returns ``code``. With ``LENET_PL_DEBUG=1`` it prints the traceback first."""
     if os.environ.get("LENET_PL_DEBUG") == "1":
         traceback.print_exception(error)
     text = str(error)
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         text = f"{error.filename or 'the disk'}: {error.strerror}\n"
-        text += "Change that, or choose another folder: --trainer.default_root_dir for runs, --output for the rest"
+        text += "Correct that, or choose another folder: --trainer.default_root_dir for runs, --output for the rest"
     elif not type(error).__module__.startswith("lenet_pl") and not isinstance(error, FloatingPointError):
         text = f"{type(error).__name__}: {shorten(text)}\nLENET_PL_DEBUG=1 shows where it comes from"
     print(f"error: {text}", file=sys.stderr)

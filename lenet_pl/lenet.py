@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that keeps the channels last in memory on a CPU, which takes a fifth less time there.
+    """A convolution whose channels lie last in memory on a CPU, which saves a fifth of the time there.
 
-    The weights themselves stay in the usual order, so that other tools can work on them.
+    The weights themselves keep the usual order, so that other tools can use them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class Conv2d(nn.Conv2d):
 
 
 class AvgPool2d(nn.AvgPool2d):
-    """Averages windows of 2×2; training on a CPU as bilinear resizing to half the size, the same in half the time."""
+    """Averages windows of 2×2. In training on a CPU it resizes to half the size: the same values in half the time."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, C, H / 2, W / 2]`` for ``[N, C, H, W]`` with even H and W."""
@@ -32,8 +32,8 @@ class AvgPool2d(nn.AvgPool2d):
 class Flatten(nn.Module):
     """Flattens rows, columns and channels in that order, as Keras does.
 
-    In channels_last memory that copies nothing. Above all, the gradient comes back in channels_last: where it does not,
-    pooling and ReLU take a fifth of a training step to sort it.
+    In channels_last memory this copies nothing. Above all, the gradient comes back in channels_last; otherwise pooling
+    and ReLU would spend a fifth of a training step on reordering it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class LeNet5(nn.Module):
     Args:
         variant: ``"article"`` or ``"classic"``.
         dropout: Probability of zeroing an activation after each of the two hidden linear layers, 0 ≤ p < 1.
-        init: First weights: ``"uniform"``, PyTorch's own, or ``"orthogonal"`` with gain √2 and zero biases (Saxe,
-            McClelland & Ganguli 2014), where no two filters begin alike.
+        init: First weights: ``"uniform"``, which is PyTorch's default, or ``"orthogonal"`` with gain √2 and zero biases
+            (Saxe, McClelland & Ganguli 2014), where no two filters begin alike.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -116,7 +116,7 @@ def layers(net: LeNet5) -> list[tuple[str, str, int]]:
     training, rows = net.training, []
     weight = next(net.parameters())
     x = torch.zeros(1, 1, 28, 28, device=weight.device, dtype=weight.dtype)
-    net.eval()  # dropout draws no random numbers
+    net.eval()  # so that dropout draws no random numbers
     for layer in (*net.features, *net.classifier):
         x = layer(x)
         shape = ", ".join(["N", *map(str, x.shape[1:])])

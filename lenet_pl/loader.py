@@ -1,4 +1,4 @@
-"""The batches of an epoch: its order, its augmentation, and normalised mini-batches. Plain values come in."""
+"""The batches of an epoch: order, augmentation, normalisation. This module takes tensors and plain numbers."""
 
 from collections.abc import Iterator
 
@@ -11,17 +11,17 @@ from lenet_pl.blocks import Block
 
 Batch = tuple[Tensor, Tensor]  # images [B, 1, 28, 28] float32, labels [B] int64
 
-# Scoring needs no small batches, and one fixed size makes the sums of a score repeatable to the last digit.
+# Scoring needs no small batches. With one fixed size the sums of a score are the same to the last digit.
 EVAL_BATCH_SIZE = 1000
 
 
 def generator(*key: int) -> torch.Generator:
-    """Returns a CPU generator whose stream follows from ``key`` alone, such as (seed, epoch)."""
+    """Returns a CPU generator whose random numbers depend only on ``key``, such as (seed, epoch)."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 def seed_of(*key: int) -> int:
-    """Mixes numbers into one seed of 63 bits; keys that differ a little give seeds that differ in every bit."""
+    """Mixes numbers into one seed of 63 bits. Similar keys give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -40,7 +40,7 @@ def normalise(images: Tensor, mean: float, std: float) -> Tensor:
 
 
 def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
-    """Moves each image by its own offset and fills the uncovered border with black.
+    """Moves each image by its own offset, and fills the uncovered border with black.
 
     Args:
         images: uint8 images, ``[N, 1, 28, 28]``.
@@ -57,24 +57,25 @@ def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
 
 
 class TrainLoader:
-    """Shuffled, augmented mini-batches; an epoch follows from the seed and the number of the epoch.
+    """Shuffled, augmented mini-batches. An epoch depends only on the seed and the number of the epoch.
 
     Order and augmentation belong to an image's place in the epoch. So they depend neither on the size of a block nor on
     the number of processes: the mini-batches of all ranks together are those of one process with the same global batch.
-    The processes get equal shares; where the division leaves a rest, the first images of the epoch fill it.
+    All processes get shares of the same size. If the division leaves a remainder, the first images of the epoch fill up
+    the last shares.
 
     Args:
         images: uint8, ``[N, 1, 28, 28]``, on the CPU or on the device that trains.
-        labels: int64, ``[N]``, beside them.
+        labels: int64, ``[N]``, on the same device.
         batch_size: Images per mini-batch and process.
         mean: See :func:`normalise`.
         std: See :func:`normalise`.
         seed: The training seed.
         flip: Whether to mirror an image with probability one half.
         most: The largest shift in pixels, see :func:`shift`.
-        block: Mini-batches in a block; 1 yields the mini-batches themselves.
+        block: Mini-batches in a block. With 1 the loader yields the mini-batches themselves.
         shuffle: Whether to draw a new order for each epoch.
-        rank: This process, from 0.
+        rank: The number of this process, from 0.
         world: The number of processes.
     """
 
@@ -100,28 +101,28 @@ class TrainLoader:
         self.rank, self.world = rank, world
         self.epoch = 0
         if shuffle:
-            self.sampler = self  # Lightning calls ``sampler.set_epoch`` before each epoch, as torch's convention has it
+            self.sampler = self  # Lightning calls ``sampler.set_epoch`` before each epoch, which is torch's convention
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, counted from 0, that the next iteration gives."""
+        """Chooses the epoch, counted from 0, for the next iteration."""
         self.epoch = epoch
 
     @property
     def share(self) -> int:
-        """Images of an epoch in each process."""
+        """The number of images of an epoch in each process."""
         return -(-len(self.labels) // self.world)
 
     @property
     def steps(self) -> int:
-        """Mini-batches of an epoch in each process; the last may be smaller."""
+        """The number of mini-batches of an epoch in each process. The last may be smaller."""
         return -(-self.share // self.batch_size)
 
     def __len__(self) -> int:
-        """Counts the blocks of an epoch in each process."""
+        """Returns the number of blocks of an epoch in each process."""
         return -(-self.steps // self.block)
 
     def __iter__(self) -> Iterator[Batch | Block]:
-        # A generator function: Lightning makes the iterator before it calls ``set_epoch``.
+        # This is a generator function, because Lightning makes the iterator before it calls ``set_epoch``.
         order, flips, offsets = self._draw()
         size = self.batch_size * self.block
         for start in range(0, len(order), size):
@@ -148,14 +149,14 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Normalised batches of ``EVAL_BATCH_SIZE`` in the order of the images; every image once over all processes.
+    """Normalised batches of ``EVAL_BATCH_SIZE`` images in order. All processes together get every image once.
 
     Args:
         images: uint8, ``[N, 1, 28, 28]``.
         labels: int64, ``[N]``.
         mean: See :func:`normalise`.
         std: See :func:`normalise`.
-        rank: This process, from 0.
+        rank: The number of this process, from 0.
         world: The number of processes.
     """
 
@@ -169,5 +170,5 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         pieces = zip(self.images.split(EVAL_BATCH_SIZE), self.labels.split(EVAL_BATCH_SIZE), strict=True)
         for images, labels in pieces:
-            if len(labels):  # ``split`` of nothing gives one empty piece
+            if len(labels):  # ``split`` turns an empty tensor into one empty piece
                 yield normalise(images, self.mean, self.std), labels

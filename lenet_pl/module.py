@@ -20,19 +20,19 @@ from lenet_pl.loader import Batch, seed_of
 class LitLeNet(LightningModule):
     """LeNet-5 with cross-entropy and Adam.
 
-    Logs ``train_loss train_acc val_loss val_acc test_loss test_acc`` once an epoch: the loss in nats per image, the
-    accuracy as a fraction. The training metrics are running ones, over the epoch's own steps, as in Keras.
+    It logs ``train_loss train_acc val_loss val_acc test_loss test_acc`` once an epoch: the loss in nats per image, the
+    accuracy as a fraction. The training metrics are running ones as in Keras: they are taken while the weights change.
 
     Args:
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
         dropout: Dropout after the two hidden linear layers, 0 ≤ p < 1.
-        init: First weights: ``"uniform"``, PyTorch's own, or ``"orthogonal"``, see ``LeNet5``.
-        lr: Adam's learning rate, above 0; the peak of a one-cycle schedule.
+        init: First weights: ``"uniform"``, which is PyTorch's default, or ``"orthogonal"``, see ``LeNet5``.
+        lr: Adam's learning rate, above 0. A one-cycle schedule has its peak there.
         weight_decay: Decoupled weight decay (Loshchilov & Hutter 2019), at least 0.
-        schedule: ``"constant"``, or ``"one_cycle"`` (Smith & Topin 2017): a line up to ``lr`` and a line down.
-        warmup: Share of the one-cycle schedule spent going up, above 0 and below 1.
-        label_smoothing: Share of the target spread evenly over the classes in training, 0 to 1.
-        compile: Whether to train through ``torch.compile``. It pays off in long runs only.
+        schedule: ``"constant"``, or ``"one_cycle"`` (Smith & Topin 2017), a straight line up to ``lr`` and one down.
+        warmup: Share of the one-cycle schedule in which the rate rises, above 0 and below 1.
+        label_smoothing: Share of the target that is spread evenly over the classes in training, 0 to 1.
+        compile: Whether to use ``torch.compile`` in training. It pays only in long trainings.
 
     Raises:
         UsageError: If an argument is out of its range.
@@ -75,9 +75,9 @@ class LitLeNet(LightningModule):
 
     @classmethod
     def pretrained(cls) -> "LitLeNet":
-        """Returns the net of ``best.yaml``, seed 0, in evaluation mode; its weights come with the package.
+        """Returns the net of ``best.yaml``, seed 0, in evaluation mode. The package contains its weights.
 
-        It takes images normalised with mean 0.2860 and standard deviation 0.3530, see ``normalise`` in loader.py.
+        It takes images that ``normalise`` in loader.py has scaled with mean 0.2860 and standard deviation 0.3530.
         """
         content = checkpoint.load(runs.PRETRAINED)
         model = cls(**content["hyper_parameters"])
@@ -97,7 +97,7 @@ class LitLeNet(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Takes the seed of the process, and compiles the net where that is asked for."""
+        """Takes the seed of the process, and compiles the net if that is asked for."""
         if stage != "fit":
             return
         self.seed = torch.initial_seed() % 2**63
@@ -105,7 +105,7 @@ class LitLeNet(LightningModule):
             self.net.compile()
 
     def configure_optimizers(self) -> Optimizer:
-        """Returns Adam; its learning rate follows from the step, see ``on_before_optimizer_step``."""
+        """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
         return Adam(
             self.net.parameters(),
             lr=self.hparams["lr"],
@@ -118,7 +118,7 @@ class LitLeNet(LightningModule):
         """Fixes the length of the schedule.
 
         Raises:
-            UsageError: If ``one_cycle`` has no end to go to.
+            UsageError: If ``one_cycle`` has no end.
         """
         self.total_steps = blocks.total_steps(self.trainer)
         if self.hparams["schedule"] == "one_cycle" and self.total_steps == float("inf"):
@@ -129,12 +129,12 @@ class LitLeNet(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Seeds dropout by the epoch, so that a resumed epoch draws the masks of an undisturbed one."""
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))
-        if self.device.type != "mps":  # which has no float64
+        if self.device.type != "mps":  # Apple's GPU has no float64
             # In float64 the sum of the losses does not depend on the order in which blocks and processes add to it.
-            self.metrics["train_loss"].set_dtype(torch.float64)  # torchmetrics forgets it after each epoch
+            self.metrics["train_loss"].set_dtype(torch.float64)  # torchmetrics forgets this after each epoch
 
     def teardown(self, stage: str) -> None:
-        """Leaves the kind of optimization, which the loader chooses for each training, as it was."""
+        """Restores automatic optimization, which the loader may have replaced for this training."""
         self.automatic_optimization = True
 
     def lr_at(self, step: int) -> float:
@@ -150,14 +150,14 @@ class LitLeNet(LightningModule):
         return float(np.float32(peak * min((step + 1) / up, (self.total_steps - step) / down)))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Sets the learning rate of a one-cycle step, unless a scheduler of somebody else does."""
+        """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler."""
         if self.hparams["schedule"] == "constant" or self.lr_schedulers():
             return
         for group in optimizer.param_groups:
             group["lr"] = self.lr_at(self.global_step)
 
     def training_step(self, batch: Batch | blocks.Block, batch_idx: int) -> Tensor | None:
-        """Returns the loss of a mini-batch; of a block it takes all optimizer steps itself."""
+        """Returns the loss of a mini-batch. With a block, it takes all optimizer steps itself and returns None."""
         if isinstance(batch, blocks.Block):
             logits, losses = blocks.run(self, batch, self._logits_and_loss, self.hparams["compile"])
             sizes = torch.tensor([len(labels) for _, labels in batch], device=self.device)
@@ -189,7 +189,7 @@ class LitLeNet(LightningModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
-        with torch.autocast(self.device.type, enabled=False):  # mixed precision is for training alone
+        with torch.autocast(self.device.type, enabled=False):  # mixed precision is only for training
             logits = self(images)
             self._log(stage, logits, F.cross_entropy(logits, labels, reduction="none"), labels)
 
@@ -199,7 +199,7 @@ class LitLeNet(LightningModule):
         Args:
             stage: ``train``, ``val`` or ``test``.
             logits: ``[N, 10]``.
-            losses: The loss of each image, or the mean one of its mini-batch, ``[N]``.
+            losses: The loss of each image, or the mean loss of its mini-batch, ``[N]``.
             labels: ``[N]``.
         """
         metrics: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_acc")}
@@ -208,12 +208,12 @@ class LitLeNet(LightningModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the seed and the precision, by which a score can be repeated from the checkpoint alone."""
+        """Adds the seed and the precision, so that the checkpoint alone is enough to repeat a score."""
         checkpoint["seed"] = self.seed
         checkpoint["precision"] = self.trainer.precision
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the arguments of this module, and not the checkpoint, say the learning rate and the weight decay."""
+        """Keeps this module's learning rate and weight decay: they win over those in the checkpoint."""
         for optimizer in checkpoint.get("optimizer_states", ()):
             for group in optimizer["param_groups"]:
                 group["lr"], group["weight_decay"] = self.hparams["lr"], self.hparams["weight_decay"]

@@ -1,4 +1,4 @@
-"""How the process ends on a signal, and what it keeps off the console."""
+"""Ends the process on a signal, and keeps messages off the console that nobody asked for."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Ends the process on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1: at once, a second signal without any word.
+    """Ends the process at once on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1. A second signal ends it without a message.
 
-    Nothing has to be saved, because a run goes on from its last finished epoch.
+    Nothing has to be saved, because a run resumes from its last finished epoch.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only in the main thread
         yield
         return
     codes = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
@@ -44,7 +44,7 @@ def stopping() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-# The beginnings of what Lightning says at each start, unasked: advertisements, and notes that do not hold here.
+# How messages begin that Lightning prints unasked: advertisements, and notes that are not true here.
 _UNASKED = (
     "GPU available",
     "TPU available",
@@ -70,17 +70,17 @@ def _is_asked_for(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Silences what nobody asked for; callbacks, profilers and tuners are heard."""
+    """Silences messages that nobody asked for. Those of callbacks, profilers and tuners stay."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_asked_for)
     for message in (
-        ".*LeafSpec.* is deprecated",  # in Lightning's own code
-        "Checkpoint directory .* is not empty",  # when a run goes on
-        "Be aware that when using `ckpt_path`",  # a checkpoint names the callbacks of fit, which test has not
-        ".*does not have many workers",  # data in memory need none
-        "GPU available but not used",  # the user said so
-        "You are trying to `self.log",  # with barebones, where nothing is logged
+        ".*LeafSpec.* is deprecated",  # a matter of Lightning's own code
+        "Checkpoint directory .* is not empty",  # a resumed run writes into its own folder
+        "Be aware that when using `ckpt_path`",  # a checkpoint names the callbacks of fit, which test does not have
+        ".*does not have many workers",  # data in memory needs no workers
+        "GPU available but not used",  # the user chose that
+        "You are trying to `self.log",  # barebones logs nothing
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"

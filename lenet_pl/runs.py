@@ -1,6 +1,6 @@
 """The layout of a run folder, ``runs/<name>/version_N/``, and which checkpoint a word such as ``best`` means.
 
-No other file knows these names. It needs neither torch nor Lightning.
+Only this module knows the names in a run folder. It needs neither torch nor Lightning.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from lenet_pl.atomic import write_atomic
 from lenet_pl.errors import CheckpointError
 
 CONFIG = "config.yaml"  # every setting of the run
-RESULTS = "results.csv"  # a row an epoch
+RESULTS = "results.csv"  # a row for each epoch
 SCORE = "test.json"  # the accuracy on the test images
-FINISHED = "finished.txt"  # why and when the training ended; absent while it can go on
+FINISHED = "finished.txt"  # why the training ended; absent until then
 BEST, LAST = "checkpoints/best.ckpt", "checkpoints/last.ckpt"
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 
@@ -37,14 +37,14 @@ def new(parent: Path) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:  # another run was quicker, or a file is in the way of ``parent``
+        except FileExistsError:  # another run was faster, or a file is in the way of ``parent``
             if not folder.exists():
                 raise
             number += 1
 
 
 def remove(folder: Path) -> None:
-    """Deletes a run folder, and the folders above it that are empty then."""
+    """Deletes a run folder, and then the two folders above it if they are empty."""
     shutil.rmtree(folder, ignore_errors=True)
     for parent in (folder.parent, folder.parent.parent):
         with contextlib.suppress(OSError):  # it is not empty
@@ -60,7 +60,7 @@ def version(folder: Path) -> int:
 def all_runs(root: Path, name: str | None = None) -> list[Path]:
     """Returns the run folders below ``root``, the newest first.
 
-    A run is as new as the newest of its settings and checkpoints.
+    A run is as new as the newest file among its settings and checkpoints.
 
     Args:
         root: The folder ``runs``.
@@ -75,8 +75,8 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 
 
 def folder_of(ckpt_path: Path) -> Path | None:
-    """Returns the run folder that a checkpoint lies in, or None."""
-    path = ckpt_path if ckpt_path.parent.name else ckpt_path.absolute()  # "last.ckpt" within the folder itself
+    """Returns the run folder in which a checkpoint lies, or None."""
+    path = ckpt_path if ckpt_path.parent.name else ckpt_path.absolute()  # "last.ckpt" in the current folder
     folder = path.parent.parent
     is_run = path.parent.name == "checkpoints" and (folder / CONFIG).is_file()
     return folder if is_run else None
@@ -89,20 +89,20 @@ def beside(ckpt_path: Path) -> Path:
 
 
 def scored_checkpoint(folder: Path) -> Path | None:
-    """Returns the checkpoint that a run is scored by: the best, or without validation the last; None if none yet."""
+    """Returns the checkpoint by which a run is scored: the best, or without validation the last, or None."""
     return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
 
 
 def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -> Path:
-    """Returns the file that ``--ckpt_path`` means; does not open it.
+    """Returns the file that ``--ckpt_path`` means, without opening it.
 
     Args:
-        word: A file, or ``best``, ``last`` or ``pretrained`` (also with ``.ckpt``) unless there is such a file.
+        word: A file; or, if there is no such file, ``best``, ``last`` or ``pretrained``, also with ``.ckpt``.
         root: The folder ``runs``.
-        name: The name of the run that ``best`` and ``last`` mean; the newest of all runs by default.
+        name: The name of the run that ``best`` and ``last`` mean; by default the newest of all runs.
 
     Raises:
-        CheckpointError: If there is no such file, or ``word`` is a URL; the message lists what there is.
+        CheckpointError: If there is no such file, or ``word`` is a URL. The message lists the files that exist.
     """
     refuse_url(word)
     word = str(word)
@@ -117,7 +117,7 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CheckpointError(f"Checkpoint {word!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     of_name = f" of the name {name!r}" if name else ""
-    problem = f"Checkpoint {word!r} does not exist or is no file"
+    problem = f"Checkpoint {word!r} does not exist or is not a file"
     if kind in ("best", "last"):
         found = runs and (scored_checkpoint(runs[0]) if kind == "best" else _existing(runs[0] / LAST))
         if found:
@@ -134,7 +134,7 @@ def _existing(path: Path) -> Path | None:
 
 
 def _advice(word: str, known: Iterable[Path]) -> str:
-    """Names checkpoints that exist, those most like ``word`` first."""
+    """Names checkpoints that exist, the most similar to ``word`` first."""
     names = list(dict.fromkeys(map(str, known)))
     if not names:
         return "There are no checkpoints yet; this trains one: python -m lenet_pl fit --config lenet.yaml"
@@ -142,7 +142,7 @@ def _advice(word: str, known: Iterable[Path]) -> str:
 
 
 def refuse_url(path: str | Path) -> None:
-    """Raises CheckpointError if ``path`` is a URL: nothing is downloaded, for a checkpoint could come from anywhere."""
+    """Raises CheckpointError if ``path`` is a URL: nothing is downloaded, because anybody could have made the file."""
     if re.match(r"[A-Za-z][\w+.:-]+:/|.*://", str(path)):  # Path("http://x") is "http:/x"
         raise CheckpointError(
             f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read"
@@ -150,7 +150,7 @@ def refuse_url(path: str | Path) -> None:
 
 
 def read_results(folder: Path) -> list[dict[str, str]]:
-    """Returns the rows of results.csv, without one that a crash cut short."""
+    """Returns the rows of results.csv, except for a last row that a crash cut short."""
     path = folder / RESULTS
     if not path.exists():
         return []

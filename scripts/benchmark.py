@@ -3,32 +3,40 @@
     python scripts/benchmark.py [--quick] [--rounds N] [--threads N] [--accelerator gpu] [--busy]
     python scripts/benchmark.py --linearity
 
-Training: every contestant trains the same net at batch 32 with Adam on 55,000 images in a new order each epoch, keeps
-the running loss and accuracy, and validates on the other 5,000 after the epoch. With --quick half and half.
+Training: every contestant trains the same net at batch 32 with Adam on 55,000 images, in a new order each epoch. It
+keeps the running loss and accuracy, and validates on the other 5,000 images after the epoch. With --quick each half of
+the images does one of the two.
 
-- lenet_pl: the command ``fit --config configs/lenet.yaml``: metrics, checkpoints, results.csv, TensorBoard, all on
+- lenet_pl: the command ``fit --config configs/lenet.yaml`` with everything on: metrics, checkpoints, results.csv,
+  TensorBoard and the progress bar
 - lenet_pl, compiled: on a GPU, the same with ``--model.compile true``
-- plain loop: PyTorch as most write it: tensors in memory, an index per batch, ``.item()`` for loss and accuracy
-- best loop: the quickest we know: also channels_last, fused Adam, shuffled in one go, metrics at the epoch's end
+- plain loop: PyTorch as most people write it: tensors in memory, an index per batch, ``.item()`` for loss and accuracy
+- best loop: the quickest loop we know: also channels_last, fused Adam, one shuffle per epoch, metrics at its end
 - stock Lightning: torchvision's dataset and transforms, DataLoader, torchmetrics; bar, logger and checkpoint by default
-- Keras: the article's script, where keras is installed (``pip install '.[bench]'``). Better in another environment:
-  TensorBoard imports TensorFlow where it finds it, which costs both Lightning contestants seconds and 500 MiB at the
-  start; ``python -m venv keras; keras/bin/pip install keras tensorflow``, then ``--keras keras/bin/python``
+- Keras: the article's script, where keras is installed (``pip install '.[bench]'``). It is better to install it in an
+  environment of its own, because TensorBoard imports TensorFlow where it finds it, and that costs both Lightning
+  contestants seconds and 500 MiB at the start: ``python -m venv keras; keras/bin/pip install keras tensorflow``, then
+  ``--keras keras/bin/python``
 
 Each run is a process of its own (contestants.py) on a terminal of its own, where Lightning and lenet_pl show their
-progress bars, and prints a line with its accuracies after every epoch. The clock is here: an epoch lasts from line to
-line, so nothing of it is left out and a GPU has finished it. The first epoch of a run warms up and doesn't count (with
---quick it is the only one and does). In a round each contestant runs once; the order turns and the seed changes from
-round to round. Given are medians, and the smallest and largest value; ratios are taken within a round. ms/step is the
-epoch with its validation divided by its steps; memory is the process's peak, resident. If another PyTorch contestant's
-accuracies differ from lenet_pl's by over three standard errors, somebody trains something else: the comparison is void,
-and this ends with exit code 1.
+progress bars. It prints a line with its accuracies after every epoch. This process holds the clock: an epoch lasts from
+line to line, so the time includes everything, and a GPU has finished its work. The first epoch of a run warms up and
+does not count; with --quick it is the only one and counts.
 
-With --busy another program, which this one starts, keeps one core busy all the time.
+In a round each contestant runs once. The order of the contestants and the seed change from round to round, and ratios
+are taken within a round, because the speed of a shared machine drifts from minute to minute. The tables give medians
+with the smallest and the largest value. ms/step is the time of an epoch with its validation, divided by its steps.
+Memory is the largest resident size of the process. If the accuracies of another PyTorch contestant differ from
+lenet_pl's by more than three standard errors, the two do not train the same thing. The comparison is then void, and the
+exit code is 1.
 
-Time to accuracy: ``fit --config configs/fast.yaml`` once a round, from process start and from the first step to the end
-of the last epoch; each run must then score the article's 90.67 % on the test set. Inference: images per second, from
-uint8 pixels in memory to classes. Linearity: ``fit`` on 1/6, 2/6, 4/6 and all training images, without validation.
+With --threads N every contestant gets N threads. Without it each library chooses, and lenet_pl takes at most 4. With
+--busy another program, which this one starts, keeps one core busy all the time; compare it with --busy --threads 1.
+
+Time to accuracy: ``fit --config configs/fast.yaml`` runs once a round. It is timed from process start and from the
+first step to the end of the last epoch, and from there until the 10,000 test images are scored. Each run must score the
+article's 90.67 %. Inference: images per second, from uint8 pixels in memory to classes. Linearity: ``fit`` on 1/6, 2/6,
+4/6 and all of the training images, without validation.
 """
 
 import argparse
@@ -79,7 +87,7 @@ class Run(NamedTuple):
 
 
 def screen(terminal: int, started: float) -> Iterator[tuple[float, str]]:
-    """Yields the lines that come to a terminal, each with its time, until nobody writes to it any more."""
+    """Yields the lines that are written to a terminal, each with its time, until the last writer closes it."""
     text = ""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while data := os.read(terminal, 65536):
@@ -90,7 +98,7 @@ def screen(terminal: int, started: float) -> Iterator[tuple[float, str]]:
 
 
 def watch(command: list[str], args: argparse.Namespace, folder: str) -> Run:
-    """Runs ``command`` in ``folder``; leaves with what it said if it fails."""
+    """Runs ``command`` in ``folder``; if it fails, ends this process with the command's own message."""
     env = os.environ | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TERM": "xterm", "COLUMNS": "200"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if args.threads:
@@ -112,12 +120,12 @@ def watch(command: list[str], args: argparse.Namespace, folder: str) -> Run:
     last = dict(re.findall(r"(\w+) ([\d.]+)%", epochs[-1][1])) if epochs else {}
     train_acc, val_acc = (float(last.get(key, "nan")) / 100 for key in SEED_STD)
     start = next((t for t, line in lines if line == "ready"), 0.0)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is not below what this process takes: 50 MiB
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is at least what this process takes: 50 MiB
     return Run(lines, start, [t for t, _ in epochs], train_acc, val_acc, usage.ru_maxrss / unit)
 
 
 def fit(recipe: str, args: argparse.Namespace, *options: str) -> Run:
-    """Runs the real command; its first step is where results.csv begins to count."""
+    """Runs the real command; its first step is the moment from which results.csv counts the first epoch."""
     command = [sys.executable, "-m", "lenet_pl", "fit", "--config", str(ROOT / f"configs/{recipe}.yaml")]
     command += ["--data.data_dir", args.data_dir, "--trainer.accelerator", args.accelerator, "--trainer.devices", "1"]
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +154,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def training(args: argparse.Namespace, images: int) -> dict[str, Any]:
-    """Lets the contestants run, prints the table, and returns its content by contestant."""
+    """Runs the contestants, prints the table, and returns its content by contestant."""
     names = ["lenet_pl", "plain loop", "best loop", "stock Lightning"]
     names += ["lenet_pl, compiled"] if args.accelerator == "gpu" else []
     names += ["Keras"] if args.keras else []
@@ -211,7 +219,7 @@ def fast(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def linearity(args: argparse.Namespace, total: int) -> dict[str, Any]:
-    """Times ``fit`` on more and more images."""
+    """Times ``fit`` on growing numbers of images."""
     times: dict[int, list[float]] = {total * k // 6: [] for k in (1, 2, 4, 6)}
     for _ in range(args.rounds):
         for n, seconds in times.items():
@@ -230,14 +238,14 @@ def linearity(args: argparse.Namespace, total: int) -> dict[str, Any]:
 def main() -> int:
     """Runs the benchmark; returns 1 if the comparison is void or ``fast.yaml`` misses the article's accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a round of an epoch of half the images: under 2 minutes")
+    parser.add_argument("--quick", action="store_true", help="one round, one epoch, half the images: under 2 minutes")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3, help="of a run; the first does not count (default 3)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of a run; the first does not count (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the libraries' choice)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="of stock Lightning's DataLoader (default 0)")
     parser.add_argument("--busy", action="store_true", help="keep one core busy with another program")
-    parser.add_argument("--linearity", action="store_true", help="time per image by number of images, nothing else")
+    parser.add_argument("--linearity", action="store_true", help="only the time per image by number of images")
     here = sys.executable if find_spec("keras") else None
     parser.add_argument("--keras", metavar="PYTHON", default=here, help="one that has keras (default: this, if it has)")
     parser.add_argument("--data_dir", default="data")

@@ -1,11 +1,11 @@
-# Sourced by train.sh and test.sh: goes to the project's folder, and makes its environment in .venv.
+# train.sh and test.sh source this file. It changes to the project's folder, and set_up makes the environment .venv.
 # usage: set_up [EXTRA]
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 say() { printf '\n== %s\n' "$*"; }
 
-# Runs one stage; a failure names the stage and what to do.
+# Runs one stage. If it fails, the message names the stage and says what to do.
 stage() { # TITLE REMEDY COMMAND...
   local title=$1 remedy=$2
   shift 2
@@ -30,7 +30,7 @@ find_python() {
 
 install_project() { # EXTRA
   .venv/bin/python -m pip install --disable-pip-version-check --quiet --editable ".${1:+[$1]}" || return
-  # what was installed, so that a second run need not ask pip
+  # notes what was installed, so that a second run need not ask pip
   cp pyproject.toml ".venv/installed-${1:-base}"
 }
 
@@ -39,10 +39,10 @@ set_up() { # [EXTRA]
   if ! [ -x .venv/bin/python ]; then
     local python
     python=$(find_python) || exit 1
-    stage "making .venv with $python" "remove .venv and look at the message above" "$python" -m venv .venv
+    stage "making .venv with $python" "read the message above, remove .venv, and run this again" "$python" -m venv .venv
   fi
   if ! cmp -s pyproject.toml ".venv/installed-${extra:-base}"; then
-    stage "installing lenet_pl${extra:+ with its extra '$extra'} into .venv (the first time some minutes and 6 GB)" \
+    stage "installing lenet_pl${extra:+ with its extra '$extra'} into .venv (the first time this takes minutes and 6 GB)" \
       "check the network and the free disk space, then run this again" install_project "$extra"
   fi
 }

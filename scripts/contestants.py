@@ -1,7 +1,8 @@
 """What benchmark.py runs beside lenet_pl, each in a process of its own: ``python scripts/contestants.py NAME``.
 
 All train the same net at batch 32 with Adam on the same number of images, keep the running loss and accuracy, and
-validate after each epoch. They print "ready" before the first step and a line after each epoch: the clock's signs.
+validate after each epoch. They print "ready" before the first step and a line after each epoch, from which benchmark.py
+takes the times.
 """
 
 import argparse
@@ -16,7 +17,7 @@ BATCH, VAL = 32, 5000
 
 
 def say(epoch: int, train_acc: float, val_acc: float) -> None:
-    """Ends an epoch; on a GPU its work is done by now, or the accuracies would not be known."""
+    """Prints the line that ends an epoch; a GPU has done its work by then, because the accuracies are known."""
     print(f"epoch {epoch}  train_acc {train_acc:.2%}  val_acc {val_acc:.2%}", flush=True)
 
 
@@ -42,7 +43,7 @@ def read(args: argparse.Namespace) -> list[Any]:
 
 
 def validate(net: Any, images: Any, labels: Any) -> float:
-    """Returns the accuracy; works the loss out too, like the others."""
+    """Returns the accuracy; computes the loss too, as the other contestants do."""
     import torch
     import torch.nn.functional as F
 
@@ -54,7 +55,7 @@ def validate(net: Any, images: Any, labels: Any) -> float:
 
 
 def article_net() -> Any:
-    """Returns the article's net as one writes it in PyTorch."""
+    """Returns the article's net as most people write it in PyTorch."""
     from torch import nn
 
     return nn.Sequential(
@@ -100,7 +101,7 @@ def plain_loop(args: argparse.Namespace) -> None:
 
 
 def best_loop(args: argparse.Namespace) -> None:
-    """Takes the same steps as quickly as we know: channels_last, fused Adam, shuffled in one go, metrics at the end."""
+    """Takes the same steps in the quickest way we know: channels_last, fused Adam, one shuffle, metrics at the end."""
     import torch
     import torch.nn.functional as F
 
@@ -176,7 +177,7 @@ def stock_lightning(args: argparse.Namespace) -> None:
 
 
 def keras_script(args: argparse.Namespace) -> None:
-    """Trains the article's Keras model; numpy reads the files, for torch would count as memory of Keras."""
+    """Trains the article's Keras model; numpy reads the files, because torch would count as memory of Keras."""
     import keras
     import numpy as np
     from keras.layers import AveragePooling2D, Conv2D, Dense, Flatten

@@ -1,9 +1,9 @@
-"""Makes the weights that come with the package from the checkpoint of a recipe, seed 0, not chosen by its score.
+"""Makes the weights in the package from a checkpoint of a recipe. Its seed is 0, and was not chosen by its score.
 
     python -m lenet_pl fit --config best --seed_everything 0
     python scripts/pretrained.py runs/best/version_0/checkpoints/last.ckpt
 
-It keeps what a checkpoint needs to be scored, and leaves out the optimizer and Lightning's own state.
+The file holds what is needed to score the net. It leaves out the optimizer and Lightning's own state.
 """
 
 import sys

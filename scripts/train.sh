@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains LeNet-5 on Fashion-MNIST and prints its test accuracy.
-# usage: bash scripts/train.sh [fit arguments]      without arguments: --config configs/lenet.yaml
+# usage: bash scripts/train.sh [fit arguments]      by default: --config configs/lenet.yaml
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,4 +1,4 @@
-"""A tiny Fashion-MNIST in the real file format, and the real command line run on it."""
+"""A tiny Fashion-MNIST in the real file format, and the real command line that runs on it."""
 
 import contextlib
 import hashlib
@@ -16,13 +16,13 @@ import torch
 from lenet_pl import download, runs
 
 ROOT = Path(__file__).parents[1]
-TRAIN, TEST = 330, 53  # no multiple of a batch size: the last, smaller ones matter
+TRAIN, TEST = 330, 53  # not multiples of a batch size, so that the last batches are smaller
 
 
 def write_idx(folder: Path) -> dict[str, tuple[str, int]]:
     """Writes the four files and returns their SHA-256 and sizes.
 
-    Class k is a bright bar of its own height with noise on it: a net learns that within some steps.
+    An image of class k is noise with a bright bar at a height of its own, which a net learns within some steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -43,14 +43,14 @@ def write_idx(folder: Path) -> dict[str, tuple[str, int]]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The ``data_dir`` of the tiny data set, and its file list."""
+    """The ``data_dir`` of the tiny data set, and the list of its files."""
     root = tmp_path_factory.mktemp("data")
     return root, write_idx(root / "FashionMNIST" / "raw")
 
 
 @contextlib.contextmanager
 def inside(folder, tiny):
-    """Makes ``folder`` the current one, with the tiny data in ``data/``; the download knows the tiny files."""
+    """Makes ``folder`` the current one, with the tiny data in ``data/``. The download expects the tiny files."""
     (folder / "data").symlink_to(tiny[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(download, "FILES", tiny[1])
@@ -60,25 +60,25 @@ def inside(folder, tiny):
 
 @pytest.fixture
 def workdir(tiny, tmp_path):
-    """An empty current folder but for the tiny data."""
+    """A current folder that is empty except for the tiny data."""
     with inside(tmp_path, tiny):
         yield tmp_path
 
 
 @pytest.fixture
 def real_data(tmp_path, monkeypatch):
-    """An empty current folder but for the real data, which lie in the checkout's ``data/``."""
+    """A current folder that is empty except for the real data, which lies in the checkout's ``data/``."""
     try:
         download.ensure(ROOT / "data")
     except download.DataError as error:
-        pytest.skip(f"the real data cannot be had: {error}")
+        pytest.skip(f"the real data could not be fetched: {error}")
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def cli(workdir, capsys):
-    """Runs the command line in-process; returns exit code, stdout and stderr."""
+    """Runs the command line in this process, and returns exit code, stdout and stderr."""
 
     def run(*args):
         from lenet_pl.__main__ import main
@@ -93,7 +93,7 @@ def cli(workdir, capsys):
 
 @pytest.fixture
 def spawn(workdir, tiny):
-    """Starts the command line as a process of its own on the tiny data; returns the Popen."""
+    """Starts the command line in a process of its own on the tiny data, and returns the Popen."""
 
     def start(*args, prelude="", **options):
         code = (
@@ -110,14 +110,14 @@ def spawn(workdir, tiny):
 
 @pytest.fixture(autouse=True)
 def quick_end_of_fit(request, monkeypatch):
-    """Leaves the report at the end of a fit to the tests that are marked for it: it takes longer than a tiny fit."""
+    """Skips the report at the end of a fit except in tests that are marked for it: it takes longer than a tiny fit."""
     if "report" not in request.keywords:
         monkeypatch.setattr("lenet_pl.commands.report", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny batches are quickest on one thread, and two threads would fight over two cores with subprocesses."""
+    """Tiny batches are fastest on one thread, and more threads would compete with subprocesses for the cores."""
     torch.set_num_threads(1)
 
 
@@ -137,7 +137,7 @@ def browser():
 
 
 def as_pretrained(ckpt: Path, folder: Path, monkeypatch) -> Path:
-    """Puts the weights of a checkpoint, without what a training goes on with, in the place of the package's own."""
+    """Replaces the weights of the package by those of a checkpoint, without the state that a training resumes with."""
     state = torch.load(ckpt, weights_only=True)
     for key in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
         state.pop(key, None)

@@ -1,4 +1,4 @@
-"""``write_atomic``: what it needs, and file systems that cannot do all of it."""
+"""``write_atomic``, also on file systems that cannot do all that it asks for."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from lenet_pl.atomic import write_atomic
 
 
 def fail_on_folders(monkeypatch, code):
-    """Lets fsync fail with ``code`` on a folder, as some network file systems do."""
+    """Makes fsync of a folder fail with ``code``, as it does on some network file systems."""
     fsync = os.fsync
 
     def fail(descriptor):

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic writing, refusal of every damaged or foreign file, and the search for best and last."""
+"""Checkpoints are written atomically, and every damaged or foreign file is refused."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`
 
 
 class Tiny(LightningModule):
-    """33,000 weights: with Adam's two moments the checkpoint has about 400 KB."""
+    """A module of 33,000 weights. With Adam's two moments its checkpoint has about 400 KB."""
 
     def __init__(self, lr: float = 0.1) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def trainer(epochs: int) -> Trainer:
 
 
 class Batches:
-    """Two batches; no list, for Lightning takes that for several loaders."""
+    """A loader of two batches. A list would not do, because Lightning takes it for several loaders."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(torch.linspace(-1, 1, 1024).reshape(2, 2, 256))
@@ -72,7 +72,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality to the bit of nested containers of tensors and plain values, types and key order included."""
+    """Whether two nested containers of tensors and plain values are equal to the bit, with types and key order."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
@@ -85,7 +85,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def refusal(path: Path | str, **kwargs: Any) -> str:
-    """The text with which ``load`` refuses; it must name the file and be short."""
+    """The message with which ``load`` refuses a file. It must name the file and be short."""
     with pytest.raises(CheckpointError) as caught:
         load(path, **kwargs)
     text = str(caught.value)
@@ -170,7 +170,7 @@ def umask() -> int:
 
 
 class Full(io.FileIO):
-    """A file on a disk that takes 1000 bytes."""
+    """A file on a disk that has space for 1000 bytes."""
 
     def write(self, data: Any) -> int:
         super().write(bytes(data)[:1000])
@@ -178,7 +178,7 @@ class Full(io.FileIO):
 
 
 def fails_at(step: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Injects ``error`` at a step of ``write_atomic``; root ignores permissions, so real ones would prove little."""
+    """Raises ``error`` at a step of ``write_atomic``. Real permissions prove little: root ignores them."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -248,7 +248,7 @@ def flipped(data: bytes, position: int, mask: int = 0xFF) -> bytes:
 def silently_wrong(
     reader: Callable[[Path], Any], sound: Path, folder: Path, positions: list[tuple[int, int]]
 ) -> list[int]:
-    """The positions at which a flip is neither refused nor without effect; other errors than ours get out."""
+    """Returns the positions where a flip changes the content and is not refused. Errors that are not ours get out."""
     data, truth = sound.read_bytes(), load(sound)
     path, wrong, texts = folder / "flipped.ckpt", [], []
     for position, mask in positions:
@@ -271,7 +271,7 @@ def test_every_997th_byte_flipped_is_reported_or_harmless(sound: Path, tmp_path:
 
 
 def test_every_byte_of_a_small_checkpoint_flipped_is_reported_or_harmless(tmp_path: Path) -> None:
-    """Most of it is headers, names, padding and directory, where no CRC reaches; all bits, then a random one."""
+    """No CRC covers most of this file: headers, names, padding, directory. In each byte all bits flip, then one."""
     small = tmp_path / "small.ckpt"
     weights = {"w": torch.arange(9.0), "n": torch.tensor(3)}
     AtomicCheckpointIO().save_checkpoint({**MINIMAL, "state_dict": weights}, small)
@@ -291,7 +291,7 @@ def test_negative_control_plain_torch_lets_a_flip_through(sound: Path, tmp_path:
 
 
 def test_a_member_said_to_be_a_folder_is_read_all_the_same(sound: Path, tmp_path: Path) -> None:
-    """A flip that ``testzip`` cannot see and after which plain ``torch.load`` returns uninitialised memory."""
+    """``testzip`` cannot see this flip, and plain ``torch.load`` returns uninitialised memory after it."""
     data, path = sound.read_bytes(), tmp_path / "flipped.ckpt"
     with zipfile.ZipFile(sound) as archive:
         entries = [i for i in range(archive.start_dir, len(data)) if data.startswith(b"PK\x01\x02", i)]
@@ -304,7 +304,7 @@ def test_a_member_said_to_be_a_folder_is_read_all_the_same(sound: Path, tmp_path
 
 
 class Bomb:
-    """Unpickled with the standard unpickler, it makes a file."""
+    """An object that makes a file when the standard unpickler reads it."""
 
     def __init__(self, witness: Path) -> None:
         self.command = f"touch {witness}"
@@ -393,11 +393,11 @@ def test_other_archives(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    assert "does not exist or is no file" in refusal(tmp_path / "missing.ckpt")
-    assert "does not exist or is no file" in refusal(tmp_path)
-    assert "does not exist or is no file" in refusal("/dev/zero")
+    assert "does not exist or is not a file" in refusal(tmp_path / "missing.ckpt")
+    assert "does not exist or is not a file" in refusal(tmp_path)
+    assert "does not exist or is not a file" in refusal("/dev/zero")
     os.mkfifo(tmp_path / "pipe")
-    assert "does not exist or is no file" in refusal(tmp_path / "pipe")  # and does not wait for a writer
+    assert "does not exist or is not a file" in refusal(tmp_path / "pipe")  # and does not wait for a writer
     with pytest.raises(CheckpointError, match="does not exist"):
         load("nul\0byte")
     with pytest.raises(CheckpointError, match=r"name too long|does not exist"):  # by Python's version

@@ -1,4 +1,4 @@
-"""The contract of the command line: commands, the run folder, names of checkpoints, what wins over what."""
+"""The command line: commands, the run folder, names of checkpoints, and which settings win over others."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The data path against stock torchvision and torch: split, order, normalisation, augmentation, shares."""
+"""The data agrees with stock torchvision and torch: split, order, normalisation, augmentation, shares."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TRAIN, TEST = 330, 53
 
 
 def stock(train):
-    """The data set as a tutorial reads it: a PIL image and a transform per sample."""
+    """The data set as a tutorial reads it, with a PIL image and a transform for each sample."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.2860], [0.3530])])
     data = datasets.FashionMNIST("data", train=train, transform=transform)
     return next(iter(DataLoader(data, batch_size=len(data))))

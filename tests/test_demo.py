@@ -280,7 +280,7 @@ def test_no_test_images_and_ctrl_c(start, browser, net, files):
     code, out, err = end(process, signal.SIGINT)  # pressed twice
     assert (code, out) == (130, "")
     assert "Traceback" not in err
-    assert "Fashion-MNIST could not be had" in err
+    assert "Fashion-MNIST could not be fetched" in err
     assert time.monotonic() - begin < 10
 
 

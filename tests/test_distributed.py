@@ -1,4 +1,4 @@
-"""Several processes: disjoint shares, every test image once, one run folder, the same weights as one process."""
+"""Several processes have disjoint shares, see every test image once, and get the weights of one process."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ sys.exit(main(sys.argv[1:]))
 def prepare(folder, tiny):
     """Makes a script that is ``python -m lenet_pl`` on the tiny data, for launchers that start a file.
 
-    Each rank leaves its weights, and sends the signal that ``HIT`` describes in its nth optimizer step.
+    Each rank saves its weights. In its nth optimizer step it sends the signal that ``HIT`` describes.
     """
     path = folder / "tiny_lenet_pl.py"
     path.write_text(SCRIPT.format(files=tiny[1]))
@@ -158,7 +158,7 @@ def test_two_nodes_on_loopback(cli, script):
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny, tmp_path_factory):
-    """The outcome of a job of two processes that nobody disturbed."""
+    """The outcome of an undisturbed job of two processes."""
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "data").symlink_to(tiny[0])
     code, out = finish(torchrun(prepare(folder, tiny), 2, *RICH, cwd=folder))
@@ -186,7 +186,7 @@ def test_a_job_stops_in_good_order_and_goes_on(cli, script, undisturbed, launche
     hit = f"{int(signal.SIGTERM)} {rank} 34 {whom.split()[-1]}"
     code, out = finish(launcher(script, 2, *RICH, "--data.steps_per_execution", k, hit=hit), timeout=60)
     assert code != 0
-    assert out.count("go on with: python -m lenet_pl fit --ckpt_path") <= 1, out  # rank 0 says it, if it was told
+    assert out.count("resume with: python -m lenet_pl fit --ckpt_path") <= 1, out  # rank 0 says it, if it was told
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 27  # the first epoch's
     check_goes_on(launcher, script, undisturbed)
 

@@ -1,4 +1,4 @@
-"""Damaged, swapped, blocked or lying: every source and every file is detected, mended or named, never used."""
+"""Every damaged or false file from any source is detected, and replaced or named. None is used."""
 
 import errno
 import gzip
@@ -43,7 +43,7 @@ CONTENT = {name: idx(name) for name in NAMES}
 
 @pytest.fixture(autouse=True, scope="module")
 def tiny_set() -> Iterator[None]:
-    """The module expects the tiny files, has no source but those that a test names, and is not patient."""
+    """The download expects the tiny files, knows only the sources that a test names, and waits for short times."""
     with pytest.MonkeyPatch.context() as patch:
         tiny_files = {name: (hashlib.sha256(raw).hexdigest(), len(raw)) for name, raw in CONTENT.items()}
         patch.setattr(download, "FILES", tiny_files)
@@ -93,7 +93,7 @@ def test_files_in_place_are_verified_silently(tmp_path: Path, capsys: pytest.Cap
 
 @st.composite
 def damage(draw: st.DrawFn, content: bytes) -> bytes:
-    """Some content other than the given one."""
+    """Some content that differs from the given one."""
     kind = draw(st.sampled_from(["cut", "flip", "longer", "magic", "other", "zeros", "random"]))
     if kind == "cut":
         return content[: draw(st.integers(0, len(content) - 1))]
@@ -112,7 +112,7 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_damaged_raw_files_are_mended_or_named(data: st.DataObject) -> None:
+def test_damaged_raw_files_are_replaced_or_named(data: st.DataObject) -> None:
     broken = {
         name: data.draw(damage(CONTENT[name]), label=name)
         for name in data.draw(st.sets(st.sampled_from(NAMES), min_size=1))
@@ -277,7 +277,7 @@ def test_named_folder_that_fails_is_mentioned(
 
 
 def test_a_gz_that_holds_raw_content_is_welcome(tmp_path: Path, good: Path) -> None:
-    """A proxy or a browser unpacked it and kept the name."""
+    """A proxy or a browser may have unpacked the file and kept its name."""
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for name in NAMES:
@@ -333,7 +333,7 @@ def test_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """Answers ``/<behaviour>/<name>.gz``."""
+    """Answers requests for ``/<behaviour>/<name>.gz``."""
 
     asked: list[str]
     done: threading.Event
@@ -488,7 +488,7 @@ def test_the_real_list_holds_torchvisions_mirrors() -> None:
 
 @pytest.fixture
 def apt(tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Puts an apt-get and a dpkg-deb that act as the real ones do in front of them; returns their folder."""
+    """Puts imitations of apt-get and dpkg-deb first in the path, and returns their folder."""
     if not shutil.which("timeout"):
         pytest.skip("no coreutils here")
     tools = tmp_path / "tools"

@@ -187,7 +187,7 @@ def test_without_the_data_nothing_is_written(run, packages, monkeypatch):
     monkeypatch.delenv("LENET_PL_DATA_SOURCE", raising=False)
     code, _, err = run("--data.data_dir", "none")
     assert code == 1
-    assert err.startswith("error: Fashion-MNIST could not be had")
+    assert err.startswith("error: Fashion-MNIST could not be fetched")
     assert not Path("lenet.onnx").exists()
 
 

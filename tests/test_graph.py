@@ -1,4 +1,4 @@
-"""Optimizer steps on a GPU: the graph takes the same steps. Without a GPU its logic alone is tested, graph-free."""
+"""A CUDA graph takes the same optimizer steps. Without a GPU only the logic around the graph is tested."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""The network: its size, its shapes, and what it refuses."""
+"""The network: its size, its shapes, and the arguments that it refuses."""
 
 import copy
 
@@ -30,7 +30,7 @@ def test_refuses_by_name_and_value(arguments):
 
 
 def stock(net: LeNet5) -> nn.Sequential:
-    """The same net from torch's own layers; its first linear layer takes channels, rows and columns in that order."""
+    """The same net in torch's own layers. Its first linear layer takes channels, rows and columns in that order."""
     features = [nn.AvgPool2d(2) if isinstance(m, nn.AvgPool2d) else copy.deepcopy(m) for m in net.features]
     classifier = copy.deepcopy(net.classifier)
     first = classifier[0]

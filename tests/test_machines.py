@@ -1,4 +1,4 @@
-"""Other people's machines: notebooks, odd names, home folders, locales, closed streams, busy cores."""
+"""What other people's machines have: notebooks, odd names, home folders, locales, closed streams, busy cores."""
 
 import csv
 import json

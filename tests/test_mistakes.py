@@ -1,4 +1,4 @@
-"""Every mistake costs one to three kind lines and the right exit code, before any work, and changes no file."""
+"""Every mistake costs one to three lines and the right exit code, before any work, and it changes no file."""
 
 import errno
 import os
@@ -53,7 +53,7 @@ needs_no = {
     "MPS": pytest.mark.skipif(torch.backends.mps.is_available(), reason="has a GPU of Apple"),
 }
 
-# Command line -> what the message must hold: name, value, and what to do.
+# Command line -> what the message must contain: name, value, and what to do.
 WRONG_USE = [
     # The command
     ("fti", "'fti'", "did you mean 'fit'"),
@@ -185,21 +185,21 @@ WRONG_USE = [
     # Checkpoints
     ("test --ckpt_path gone.ckpt", "'gone.ckpt'", "does not exist", "Give one of these"),
     ("test --ckpt_path=", "''", "does not exist"),
-    ("test --ckpt_path folder.ckpt", "'folder.ckpt'", "is no file"),
-    (f"test --ckpt_path {RUN}", f"'{RUN}'", "is no file", str(LAST)),
+    ("test --ckpt_path folder.ckpt", "'folder.ckpt'", "is not a file"),
+    (f"test --ckpt_path {RUN}", f"'{RUN}'", "is not a file", str(LAST)),
     ("test --ckpt_path http://127.0.0.1/x.ckpt", "'http://127.0.0.1/x.ckpt'", "download it"),
     ("fit --ckpt_path file:///x.ckpt", "'file:///x.ckpt'", "download it"),
     ("test --ckpt_path empty.ckpt", "'empty.ckpt'", "empty", "--ckpt_path"),
     ("test --ckpt_path cut.ckpt", "'cut.ckpt'", "cut off", "--ckpt_path"),
     ("fit --ckpt_path cut.ckpt", "'cut.ckpt'", "cut off", "--ckpt_path"),
-    ("test --ckpt_path random.ckpt", "'random.ckpt'", "no checkpoint", "--ckpt_path"),
+    ("test --ckpt_path random.ckpt", "'random.ckpt'", "not a checkpoint", "--ckpt_path"),
     ("validate --ckpt_path flipped.ckpt", "'flipped.ckpt'", "CRC", "--ckpt_path"),
     (f"test --ckpt_path {LAST}".replace("last", "lsat"), "lsat.ckpt", str(LAST)),
     ("predict --data.images gone.png", "gone.png", "no such file"),
     ("predict --ckpt_path bomb.ckpt", "'bomb.ckpt'", "would run code", "system", "--ckpt_path"),
     ("fit --ckpt_path bomb.ckpt", "'bomb.ckpt'", "would run code", "nothing was executed"),
     ("test --ckpt_path foreign.ckpt", "'foreign.ckpt'", "lacks hyper_parameters", "--ckpt_path"),
-    ("fit --ckpt_path weights.ckpt", "'weights.ckpt'", "no training to go on with", "optimizer_states"),
+    ("fit --ckpt_path weights.ckpt", "'weights.ckpt'", "no training to resume", "optimizer_states"),
     ("test --ckpt_path settings.ckpt", "'settings.ckpt'", "width"),
     ("test --ckpt_path net.ckpt", "'net.ckpt'", "another net", "net.classifier.0.weight"),
     ("fit --ckpt_path net.ckpt", "'net.ckpt'", "another net", "net.classifier.0.weight"),
@@ -255,7 +255,7 @@ def trained(tiny, tmp_path_factory):
 
 
 class Bomb:
-    """What a pickle of this runs when it is loaded."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -269,7 +269,7 @@ def here(trained, workdir):
 
 
 def files(folder):
-    """All files and folders below, with the content of the files."""
+    """All files and folders in a folder, with the content of the files."""
     return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
 
 
@@ -362,7 +362,7 @@ def test_no_permission_for_the_run_folder(cli, workdir, monkeypatch):
 
 @pytest.mark.parametrize("writes", [0, 3, 5])
 def test_full_disk(cli, workdir, monkeypatch, writes):
-    """The disk fills up before anything is written, and in the first or second epoch's writes."""
+    """The disk is full before anything is written, or after some writes of the first or the second epoch."""
 
     def fsync(file):
         nonlocal left
@@ -424,7 +424,7 @@ def test_the_exit_code_reaches_the_shell(spawn, workdir):
 
 
 def test_the_console_stays_clean(spawn, here):
-    """Of warnings, tips and deprecations; with the filters of an ordinary process, and a terminal of ASCII only."""
+    """There are no warnings, tips or deprecations, in an ordinary process on a terminal that knows only ASCII."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
     before = "for command in (['fit', '--help'], ['validate'], ['test'], ['predict']): assert main(command) == 0"
     process = spawn("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3, prelude=before, env=env)

@@ -1,4 +1,4 @@
-"""Lightning's own callbacks, loggers, profilers and tuners: they work here as on a stock training."""
+"""Lightning's own callbacks, loggers, profilers and tuners work here as in a stock training."""
 
 import inspect
 import re
@@ -43,7 +43,7 @@ PIECES = {  # flags, and whether blocks give way
 
 
 def flags(piece):
-    """``"Name key=value"`` as the command line has it."""
+    """Turns ``"Name key=value"`` into flags."""
     name, *options = piece.split()
     return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{option}" for option in options)]
 
@@ -69,7 +69,7 @@ def test_a_callback_does_the_same_in_blocks_as_step_by_step(cli, piece, gives_wa
 
 
 def test_every_callback_of_lightning_is_known():
-    """A new one has to be added to the table above, or to this list with the reason."""
+    """If Lightning adds a callback, add it to the table above, or to this list with a reason."""
     elsewhere = {
         "Callback": "has no hooks",
         "Checkpoint": "a base class",
@@ -186,7 +186,7 @@ def test_the_module_trains_on_anybodys_loader(workdir):
 
 
 class Anybody(LightningModule):
-    """A module that has never heard of blocks."""
+    """A module that knows nothing about blocks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``predict``: a row for every picture, broken ones included, and the test set without pictures."""
+"""``predict`` writes a row for every picture, broken ones included, and without pictures for every test image."""
 
 import csv
 import io
@@ -91,7 +91,7 @@ AWKWARD = ["Ba$$in.png", "a[/b].png", ":smile:.png", "a\nb.png", "\x1b[31mred.pn
 
 
 def awkward(folder):
-    """Writes a picture under each awkward name; returns the names sorted as ``find`` sorts them."""
+    """Writes a picture under each awkward name, and returns the names in the order of ``find``."""
     image = FashionMNIST("data", train=False).data[0].numpy()
     paths = [folder / os.fsdecode(name) for name in AWKWARD if name != "a[/b].png"]
     paths.append(folder / "a[" / "b].png")  # a file name cannot hold a slash: rich sees it in the path
@@ -169,7 +169,7 @@ def test_its_own_pictures_are_not_classified_the_next_time(trained, workdir):
 
 
 def test_pictures_are_drawn_without_pyplot(tmp_path):
-    """A notebook's MPLBACKEND names a module that this environment need not have."""
+    """A notebook's MPLBACKEND names a module that may be missing here."""
     code = "import sys, matplotlib.figure, pathlib; from lenet_pl.apps import plots\n"
     code += "pathlib.Path(sys.argv[1]).write_bytes(plots.png(matplotlib.figure.Figure()))\n"
     code += "sys.exit('matplotlib.pyplot' in sys.modules)"

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere goes on from its last finished epoch, and ends as an undisturbed one, bit by bit."""
+"""A run that is stopped anywhere resumes from its last finished epoch, and ends like an undisturbed one, to the bit."""
 
 import csv
 import json
@@ -35,10 +35,10 @@ long = pytest.mark.long
 
 
 def interrupted(args, target, name, nth, *signals):
-    """Runs the command line in a forked child that gets ``signals`` in the nth call of ``target.name``.
+    """Runs the command line in a forked child, which gets ``signals`` in the nth call of ``target.name``.
 
-    A file that is being written then has only half of its bytes. Returns the exit code, negative for a signal, and
-    what the child said on stderr.
+    If a file is being written then, it keeps only half of its bytes. Returns the exit code, which is negative for a
+    signal, and what the child wrote to stderr.
     """
     pid = os.fork()
     if pid == 0:
@@ -64,7 +64,7 @@ def interrupted(args, target, name, nth, *signals):
 
 
 def outcome(run):
-    """Everything that has to be the same: weights, optimizer, scheduler, counts, and all rows but seconds."""
+    """Everything that must be the same: weights, optimizer, counts, and all columns of the rows except seconds."""
     states = {p.name: torch.load(p, weights_only=True) for p in (run / "checkpoints").iterdir()}
     rows = [row | {"seconds": ""} for row in csv.DictReader((run / "results.csv").read_text().splitlines())]
     keys = ("state_dict", "optimizer_states", "global_step", "epoch", "seed")
@@ -73,7 +73,7 @@ def outcome(run):
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny, tmp_path_factory):
-    """The outcome of a run that nobody disturbed; its block size does not matter, as test_training.py shows."""
+    """The outcome of an undisturbed run. Its block size does not matter, as test_training.py shows."""
     folder, before = tmp_path_factory.mktemp("whole"), Path.cwd()
     with inside(folder, tiny) as patch:
         patch.setattr("lenet_pl.commands.report", lambda *args: None)
@@ -85,7 +85,7 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 def go_on(cli):
-    """Resumes the run, or starts it anew where it left no checkpoint; returns its folder."""
+    """Resumes the run, or starts it again if it left no checkpoint, and returns its folder."""
     code, _, err = cli("fit", *RICH, "--ckpt_path", "auto")
     assert code == 0, err
     assert [folder.name for folder in RUN.parent.iterdir()] == ["version_0"]
@@ -173,7 +173,7 @@ def test_a_signal_stops_at_once_and_says_how_to_go_on(
     (line,) = err.splitlines()
     assert line.startswith(f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}")
     if LAST.exists():
-        assert line.endswith(f"; go on with: python -m lenet_pl fit --ckpt_path {LAST}")
+        assert line.endswith(f"; resume with: python -m lenet_pl fit --ckpt_path {LAST}")
         state = torch.load(LAST, weights_only=True)
         assert state["global_step"] == STEPS * (state["epoch"] + 1)  # always that of a finished epoch
     else:
@@ -221,7 +221,7 @@ def test_other_ways_through_an_epoch(cli, flags, name, nth, signum):
 
 
 def test_more_steps_for_a_run_that_max_steps_ended(cli):
-    """At the end of an epoch it goes on; within one it is refused, for no checkpoint is of a part of an epoch."""
+    """The run resumes if it ended with an epoch. Otherwise it is refused: no checkpoint holds a part of an epoch."""
     assert cli("fit", *RICH, "--trainer.max_steps", 80, "--name", "whole")[0] == 0
     assert cli("fit", *RICH, "--trainer.max_steps", STEPS)[0] == 0
     code, _, err = cli("fit", "--ckpt_path", LAST, "--trainer.max_steps", 80, "--model.schedule", "one_cycle")
@@ -235,7 +235,7 @@ def test_more_steps_for_a_run_that_max_steps_ended(cli):
 
 @pytest.mark.parametrize(("k", "size"), [(1, 8), (50, 8), (7, 16)])
 def test_blocks_and_batch_size_may_change_between_a_stop_and_a_resume(cli, k, size):
-    """A stop has no influence: the changed run is that of a run that went on with the change by itself."""
+    """The stop itself has no influence: an undisturbed run with the same change gives the same result."""
     first = ["fit", *SMALL, "--data.steps_per_execution", "50" if k == 1 else "1"]
     code, err = interrupted(first, *MOMENTS["in a block"][:2], STEPS + 3, signal.SIGTERM)
     assert code == 143, err
@@ -265,7 +265,7 @@ def test_auto_gives_one_finished_run_however_often_it_is_called(cli, undisturbed
     assert code == 2
     assert "model.lr: 0.01 before, 0.5 now" in err
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
-    assert cli(*command, "--trainer.max_epochs", EPOCHS + 1)[0] == 0  # longer: the run goes on
+    assert cli(*command, "--trainer.max_epochs", EPOCHS + 1)[0] == 0  # longer: the run resumes
     assert len((RUN / "results.csv").read_text().splitlines()) == EPOCHS + 2
 
 
@@ -320,7 +320,7 @@ def test_the_best_score_survives_a_move_of_the_run_folder(cli, undisturbed):
 
 
 def test_the_best_checkpoint_is_found_anew_where_it_is_missing(cli):
-    """Else a run that goes on elsewhere, and never beats the old score, would end without a best.ckpt."""
+    """Otherwise a run that resumes elsewhere and never beats the old score would end without a best.ckpt."""
     cli("fit", *SMALL, "--model.lr", 0.01)
     LAST.rename("moved.ckpt")
     code, _, err = cli("fit", "--ckpt_path", "moved.ckpt", "--trainer.max_epochs", EPOCHS + 1, "--model.lr", 1e-12)
@@ -331,7 +331,7 @@ def test_the_best_checkpoint_is_found_anew_where_it_is_missing(cli):
 
 @pytest.mark.parametrize("file", ["last.ckpt", *(pytest.param(f, marks=long) for f in ("best.ckpt", "results.csv"))])
 def test_a_full_disk_keeps_the_previous_checkpoint(cli, undisturbed, file):
-    """Also with that checkpoint the run goes on exactly, once there is space."""
+    """Once there is space again, the run resumes exactly from that checkpoint."""
     real, before = Path.open, b""
 
     def full(path, mode="r", *args, **options):

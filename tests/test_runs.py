@@ -135,7 +135,7 @@ def test_find_refuses_a_folder_and_lists_its_files(folder: str, here: Path) -> N
     made("lenet/version_0", "best.ckpt")
     made("lenet/version_0", "last.ckpt")
     text = lost(folder)
-    assert "is no file" in text
+    assert "is not a file" in text
     assert "version_0/checkpoints/best.ckpt" in text
     assert "version_0/checkpoints/last.ckpt" in text
 

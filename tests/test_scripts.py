@@ -1,4 +1,4 @@
-"""The scripts: their statistics, what of a seed is run again, and a whole benchmark on tiny data."""
+"""The scripts: their statistics, which seeds run again, and a whole benchmark on tiny data."""
 
 import csv
 import json

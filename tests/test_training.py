@@ -1,4 +1,4 @@
-"""The training loop: the same weights to the bit for every block size, and those of a plain PyTorch loop."""
+"""Training gives the same weights to the bit for every block size, and those of a plain PyTorch loop."""
 
 import csv
 
