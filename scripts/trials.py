@@ -45,6 +45,7 @@ try:
     import optuna
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import FrozenTrial, Trial, TrialState
+    from sqlalchemy import event
     from sqlalchemy.exc import ArgumentError, DBAPIError
 except ImportError:
     print("error: trials need Optuna: pip install 'lenet_pl[trials]'", file=sys.stderr)
@@ -146,6 +147,10 @@ def open_study(plan: Plan) -> optuna.Study:
             if attempt == 4:
                 raise
             time.sleep(PAUSE)
+    if url.startswith("sqlite"):  # it locks only when it writes: two workers could read that the same trial waits
+        storage.engine.dispose()
+        event.listen(storage.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     median = optuna.pruners.MedianPruner(n_warmup_steps=(plan.settings["trainer.max_epochs"] or 0) // 5)
     study = optuna.create_study(
         storage=storage,

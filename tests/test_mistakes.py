@@ -178,10 +178,7 @@ WRONG_USE = [
     ("fit --trainer.accelerator tpu", "trainer.accelerator=tpu", CPU),
     ("fit --trainer.accelerator nonsense", "trainer.accelerator=nonsense", CPU),
     # The name of the run
-    *(
-        (f"fit --name {name}", f"name='{name}'", "1 to 100 characters")
-        for name in ("a/b", "../up", "..", ".", "x" * 101)
-    ),
+    *((f"fit --name {name}", f"name='{name}'", "1 to 100 characters") for name in ("a/b", "../up", "..", ".", "x" * 101)),
     # Checkpoints
     ("test --ckpt_path gone.ckpt", "'gone.ckpt'", "does not exist", "Give one of these"),
     ("test --ckpt_path=", "''", "does not exist"),

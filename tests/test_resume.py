@@ -169,7 +169,9 @@ def test_a_signal_stops_at_once_and_says_how_to_go_on(
     if signum == signal.SIGUSR1:
         monkeypatch.setenv("SLURM_JOB_ID", "1")
     target, attribute, _ = MOMENTS[name]
-    left, err = interrupted(["fit", *RICH, "--data.steps_per_execution", str(k)], target, attribute, nth, signum)
+    left, err = interrupted(
+        ["fit", *RICH, "--data.steps_per_execution", str(k)], target, attribute, nth, signum
+    )
     assert left == code, err
     (line,) = err.splitlines()
     assert line.startswith(f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}")
@@ -271,11 +273,7 @@ def test_auto_gives_one_finished_run_however_often_it_is_called(cli, undisturbed
 
 
 def test_auto_knows_a_run_that_early_stopping_ended(cli):
-    stop = (
-        "--trainer.callbacks+=EarlyStopping",
-        "--trainer.callbacks.monitor=val_acc",
-        "--trainer.callbacks.patience=1",
-    )
+    stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc", "--trainer.callbacks.patience=1")
     command = ("fit", *SMALL, "--trainer.max_epochs", 30, *stop, "--test", "false", "--ckpt_path", "auto")
     assert cli(*command)[0] == 0
     rows = (RUN / "results.csv").read_text()

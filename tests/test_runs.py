@@ -144,3 +144,5 @@ def test_find_odd_names(here: Path) -> None:
     lost("")
     lost("nul\0byte")
     lost("x" * 5000)
+
+
