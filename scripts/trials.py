@@ -53,7 +53,8 @@ except ImportError:
 
 FIT = [sys.executable, "-m", "lenet_pl", "fit"]
 PAUSE = 1.0  # seconds between two looks at a trial
-RUNNING, WAITING, FAIL = TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL
+WAITING, RUNNING, FAIL = TrialState.WAITING, TrialState.RUNNING, TrialState.FAIL
+COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 COLUMNS = ("test_acc", "val_acc", "train_acc", "train_loss", "seconds", "s/epoch")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; for more the last one, a little too wide.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -76,7 +77,9 @@ class Plan:
         self.args, self.recipe, self.runs = args, Path(args.config).stem, Path(args.root) / "runs"
         self.metric = "test_acc" if args.final else "val_acc"
         self.fit = [*FIT, "--config", args.config, "--threads", "1", *rest, "--trainer.default_root_dir", args.root]
-        self.space = dict(item.split("=", 1) for item in args.grid or args.search or [])
+        self.space = {name: values for name, _, values in (item.partition("=") for item in args.grid or args.search)}
+        if ".." in "".join(args.grid):
+            raise UsageError("--grid takes single values, such as model.dropout=0,0.05; --search takes a range")
         self.settings = self._ask_fit()
         self.images = 10_000 if args.final else self.settings["data.val_size"]
         if not self.images:
@@ -85,7 +88,8 @@ class Plan:
         if not args.search:
             choices = itertools.product(*(values.split(",") for values in self.space.values()))
             cells = [dict(zip(self.space, choice, strict=True)) for choice in choices]
-            self.jobs = {f"{cell} seed {seed}": (cell, seed) for seed in range(args.seeds) for cell in cells}
+            seeds = range(args.seeds)
+            self.jobs = {" ".join([*flags(cell), f"seed {seed}"]): (cell, seed) for seed in seeds for cell in cells}
         self.study = f"{self.recipe}-{digest(self.settings, self.space, bool(args.search), args.final)}"
 
     def _ask_fit(self) -> dict[str, Any]:
@@ -160,9 +164,9 @@ def open_study(plan: Plan) -> optuna.Study:
         sampler=optuna.samplers.TPESampler(constant_liar=True),  # it keeps away from what is running
         pruner=median if plan.args.search else optuna.pruners.NopPruner(),
     )
-    there = {trial.user_attrs["job"] for trial in study.trials if trial.state != FAIL}
     for job, (settings, seed) in plan.jobs.items():
-        if job not in there:
+        queued = study.get_trials(deepcopy=False)  # each time anew, because other commands may be queueing the same
+        if job not in {trial.user_attrs["job"] for trial in queued if trial.state != FAIL}:
             study.enqueue_trial(settings, user_attrs={"job": job, "seed": seed})
     return study
 
@@ -213,7 +217,7 @@ def train(study: optuna.Study, trial: Trial, plan: Plan) -> None:
         return
     note = "pruned"
     if code is None:
-        study.tell(trial, state=TrialState.PRUNED)
+        study.tell(trial, state=PRUNED)
     elif code == 0:
         found = result(parent, plan.metric)
         for name, value in found.items():
@@ -272,7 +276,7 @@ def launch(command: list[str], log: Path) -> subprocess.Popen[bytes] | None:
 def progress(study: optuna.Study) -> str:
     """Says how many trials are done, and how long the others will take."""
     trials = study.get_trials(deepcopy=False)
-    done = [t.duration.total_seconds() for t in trials if t.state not in (RUNNING, WAITING, FAIL) and t.duration]
+    done = [t.duration.total_seconds() for t in trials if t.state in (COMPLETE, PRUNED) and t.duration]
     left = [t.state for t in trials if t.state in (RUNNING, WAITING)]
     side_by_side = min(left.count(RUNNING) + 1, len(left))
     time_left = f", {statistics.fmean(done) * len(left) / side_by_side / 60:.1f} minutes left" if done and left else ""
@@ -281,16 +285,18 @@ def progress(study: optuna.Study) -> str:
 
 def result(parent: Path, metric: str) -> dict[str, float]:
     """Reads the newest run in a folder: the accuracy of its best epoch, and those of training of the last."""
-    folder = runs.all_runs(parent.parent, parent.name)[0]
-    rows = runs.read_results(folder)
-    seconds = [float(row["seconds"]) for row in rows]
-    found = {"train_acc": float(rows[-1]["train_acc"]), "train_loss": float(rows[-1]["train_loss"])}
-    found |= {"seconds": sum(seconds), "s/epoch": statistics.median(seconds)}
-    if validated := [float(row["val_acc"]) for row in rows if row["val_acc"]]:
-        found["val_acc"] = max(validated)
-    if metric == "test_acc":
-        found["test_acc"] = json.loads((folder / runs.SCORE).read_text("utf-8"))["test_acc"]
-    return found
+    for folder in runs.all_runs(parent.parent, parent.name)[:1]:
+        rows = runs.read_results(folder)
+        seconds = [float(row["seconds"]) for row in rows]
+        found = {"train_acc": float(rows[-1]["train_acc"]), "train_loss": float(rows[-1]["train_loss"])}
+        found |= {"seconds": sum(seconds), "s/epoch": statistics.median(seconds)}
+        if validated := [float(row["val_acc"]) for row in rows if row["val_acc"]]:
+            found["val_acc"] = max(validated)
+        if metric == "test_acc":
+            found["test_acc"] = json.loads((folder / runs.SCORE).read_text("utf-8"))["test_acc"]
+        if metric in found:
+            return found
+    raise UsageError(f"{parent} has no {metric} to compare trials by: leave out what keeps fit from it")
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -303,44 +309,38 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "std": std, "95 % from": mean - half, "95 % to": mean + half}
 
 
-def table(trials: list[FrozenTrial], plan: Plan) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """Returns a row for each settings that were tried, the best first: for people, and as numbers."""
-    cells: dict[str, list[FrozenTrial]] = {}
-    for trial in trials:
-        cells.setdefault(" ".join(f"{k}={v}" for k, v in trial.params.items()) or plan.recipe, []).append(trial)
-    columns = [name for name in COLUMNS if any(name in trial.user_attrs for trial in trials)]
-    rows, numbers = [["settings", "n", *columns, "95 % interval", "binomial error"]], []
-    for settings, same in sorted(cells.items(), key=lambda cell: -statistics.fmean(t.value or 0 for t in cell[1])):
-        stats = {name: summary([t.user_attrs[name] for t in same if name in t.user_attrs]) for name in columns}
-        best = stats[plan.metric]
-        error = math.sqrt(best["mean"] * (1 - best["mean"]) / plan.images)
-        interval = f"{best['95 % from']:.2%} to {best['95 % to']:.2%}" if "std" in best else ""
-        shown = []
-        for name in columns:
-            form = ".2%" if name.endswith("acc") else ".4g"
-            shown.append(" ± ".join(format(stats[name][key], form) for key in ("mean", "std") if key in stats[name]))
-        rows.append([settings, str(len(same)), *shown, interval, f"{error:.2%}"])
-        values = {t.user_attrs["seed"]: t.value for t in same}
-        numbers.append({"settings": same[0].params, "n": len(same), "seeds": values, **stats, "binomial_error": error})
-    return rows, numbers
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Formats a table."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], re.sub(r"[^|]", "-", lines[0]), *lines[1:]])
+def show(name: str, values: list[float], joint: str = " ± ") -> str:
+    """Formats a mean and its standard deviation, or an interval; accuracies in per cent."""
+    if name.endswith("acc"):
+        return joint.join(f"{100 * value:.2f}" for value in values) + " %" * bool(values)
+    return joint.join(f"{value:.4g}" for value in values)
 
 
 def report(study: optuna.Study, plan: Plan) -> int:
-    """Prints and writes the table; returns 1 if a trial failed."""
+    """Prints and writes the table, a row for each settings, the best first; returns 1 if a trial failed."""
     trials = [trial for trial in study.trials if trial.user_attrs["job"] in plan.jobs]
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
-    rows, numbers = table(complete, plan)
+    complete = [trial for trial in trials if trial.state == COMPLETE]
+    pruned = [trial for trial in trials if trial.state == PRUNED]
+    cells: dict[str, list[FrozenTrial]] = {}
+    for trial in sorted(complete, key=lambda trial: int(trial.user_attrs["seed"])):
+        cells.setdefault(" ".join(f"{k}={v}" for k, v in trial.params.items()) or plan.recipe, []).append(trial)
+    columns = [name for name in COLUMNS if any(name in trial.user_attrs for trial in complete)]
+    rows, numbers = [["settings", "n", *columns, "95 % interval", "binomial error"]], []
+    for settings, cell in sorted(cells.items(), key=lambda item: -statistics.fmean(t.values[0] for t in item[1])):
+        stats = {name: summary([trial.user_attrs[name] for trial in cell]) for name in columns}
+        mean, *spread = stats[plan.metric].values()
+        error = math.sqrt(mean * (1 - mean) / plan.images)
+        shown = [show(name, [*stats[name].values()][:2]) for name in columns]
+        interval = show(plan.metric, spread[1:], " to ")
+        rows.append([settings, str(len(cell)), *shown, interval, show(plan.metric, [error])])
+        seeds = {trial.user_attrs["seed"]: trial.value for trial in cell}
+        numbers.append({"settings": cell[0].params, "n": len(cell), "seeds": seeds, **stats, "binomial_error": error})
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, re.sub(r"[^|]", "-", lines[0]))
     command = re.sub(r"(?<=://)[^/@\s]*@", "", shlex.join(sys.argv))  # without user and password
-    text = f"`python {command}`\n\n{markdown(rows)}\n\n{len(complete)} trials, {len(pruned)} more were pruned.\n"
-    (plan.runs / f"{plan.study}.md").write_text(text, "utf-8")
+    text = "\n".join([f"`python {command}`", "", *lines, "", f"{len(complete)} trials complete, {len(pruned)} pruned"])
+    (plan.runs / f"{plan.study}.md").write_text(text + "\n", "utf-8")
     print(text)
     print(json.dumps({"study": plan.study, "metric": plan.metric, "images": plan.images, "table": numbers}))
     return int(len(complete) + len(pruned) < len(plan.jobs))
@@ -357,8 +357,10 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--config", required=True, help="the recipe")
     parser.add_argument("--seeds", type=int, default=5, help="of each settings: 0, 1, … (default 5)")
-    parser.add_argument("--grid", nargs="+", metavar="NAME=A,B", help="trains all combinations")
-    parser.add_argument("--search", nargs="+", metavar="NAME=LOW..HIGH[:log]", help="draws the settings, with seed 0")
+    parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=A,B", help="trains all combinations")
+    parser.add_argument(
+        "--search", nargs="+", default=[], metavar="NAME=LOW..HIGH[:log]", help="draws the settings; seed 0"
+    )
     parser.add_argument("--trials", type=int, default=20, help="of a search (default 20)")
     parser.add_argument("--final", action="store_true", help="score a chosen recipe on the test images")
     parser.add_argument("--workers", type=int, default=cores, help=f"trials at a time (default {cores}, the cores)")
@@ -366,9 +368,6 @@ def main() -> int:
     parser.add_argument("--heartbeat", type=int, default=10, help="seconds; silent for 6 of them is dead (default 10)")
     parser.add_argument("--trainer.default_root_dir", dest="root", default=".", help="where runs/ lies (default .)")
     args, rest = parser.parse_known_args()
-    for item in [*(args.grid or []), *(args.search or [])]:
-        if "=" not in item:
-            parser.error(f"{item}: expected NAME=VALUES")
     if sum(map(bool, (args.grid, args.search, args.final))) > 1:
         parser.error("--grid, --search and --final exclude each other: the test images are for what is chosen")
     for name in ("seeds", "trials", "workers", "heartbeat"):
@@ -377,6 +376,7 @@ def main() -> int:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         signal.signal(number, lambda *_, code=code: stopped.append(code))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = None
     try:
         plan = Plan(args, rest)
         plan.runs.mkdir(parents=True, exist_ok=True)
@@ -397,7 +397,10 @@ def main() -> int:
     except (UsageError, ArgumentError, ImportError) as error:  # ImportError: the database's driver
         return tell(UsageError(shorten(str(error))), 2)
     except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
-        return tell(UsageError(f"{args.storage.split('://')[0]}: {shorten(str(error))}"), 2)
+        why = shorten(str(error.__cause__ or error))
+        return tell(UsageError(f"{args.storage.split(':')[0]}: {why}"), 1 if study else 2)
+    except OSError as error:
+        return tell(error, 1)
 
 
 if __name__ == "__main__":
