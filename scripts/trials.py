@@ -156,40 +156,34 @@ def open_study(plan: Plan) -> optuna.Study:
         event.listen(storage.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     median = optuna.pruners.MedianPruner(n_warmup_steps=(plan.settings["trainer.max_epochs"] or 0) // 5)
-    study = optuna.create_study(
-        storage=storage,
-        study_name=plan.study,
-        direction="maximize",
-        load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(constant_liar=True),  # it keeps away from what is running
-        pruner=median if plan.args.search else optuna.pruners.NopPruner(),
-    )
-    for job, (settings, seed) in plan.jobs.items():
-        queued = study.get_trials(deepcopy=False)  # each time anew, because other commands may be queueing the same
-        if job not in {trial.user_attrs["job"] for trial in queued if trial.state != FAIL}:
-            study.enqueue_trial(settings, user_attrs={"job": job, "seed": seed})
+    with storage.engine.connect() as connection, (plan.runs / "trials.lock").open("w") as file:  # one command at a time
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(5)")
+        study = optuna.create_study(
+            storage=storage,
+            study_name=plan.study,
+            direction="maximize",
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(constant_liar=True),  # it keeps away from what is running
+            pruner=median if plan.args.search else optuna.pruners.NopPruner(),
+        )
+        there = {trial.user_attrs["job"] for trial in study.trials if trial.state != FAIL}
+        for job, (settings, seed) in plan.jobs.items():
+            if job not in there:
+                study.enqueue_trial(settings, user_attrs={"job": job, "seed": seed})
     return study
 
 
 def claim(study: optuna.Study) -> Trial | None:
-    """Takes a trial out of the queue; no other worker gets the same one.
-
-    Where none is waiting, ``Study.ask`` would make up a new one.
-    """
+    """Takes a trial out of the queue, which no other worker gets; ``Study.ask`` would make up a new one in the end."""
     optuna.storages.fail_stale_trials(study)  # those of dead workers wait again
     storage: Any = study._storage
-    taken = set()
-    for trial in study.get_trials(deepcopy=False):
-        job = trial.user_attrs["job"]
-        with contextlib.suppress(UpdateFinishedTrialError):  # another worker was quicker
-            if trial.state == WAITING and job in taken:  # two commands queued it at the same moment
-                storage.set_trial_state_values(trial._trial_id, FAIL)
-            elif trial.state == WAITING:
-                storage.record_heartbeat(trial._trial_id)  # first, or nobody notices if this worker dies here
-                if storage.set_trial_state_values(trial._trial_id, RUNNING):
-                    return Trial(study, trial._trial_id)
-        if trial.state != FAIL:
-            taken.add(job)
+    for trial in study.get_trials(deepcopy=False, states=(WAITING,)):
+        storage.record_heartbeat(trial._trial_id)  # first, or nobody notices if this worker dies here
+        with contextlib.suppress(UpdateFinishedTrialError):  # another worker has even finished it
+            if storage.set_trial_state_values(trial._trial_id, RUNNING):
+                return Trial(study, trial._trial_id)
     return None
 
 
@@ -318,11 +312,11 @@ def show(name: str, values: list[float], joint: str = " ± ") -> str:
 
 def report(study: optuna.Study, plan: Plan) -> int:
     """Prints and writes the table, a row for each settings, the best first; returns 1 if a trial failed."""
-    trials = [trial for trial in study.trials if trial.user_attrs["job"] in plan.jobs]
+    done = {trial.user_attrs["job"]: trial for trial in study.trials if trial.state in (COMPLETE, PRUNED)}
+    trials = [done[job] for job in plan.jobs if job in done]
     complete = [trial for trial in trials if trial.state == COMPLETE]
-    pruned = [trial for trial in trials if trial.state == PRUNED]
     cells: dict[str, list[FrozenTrial]] = {}
-    for trial in sorted(complete, key=lambda trial: int(trial.user_attrs["seed"])):
+    for trial in complete:
         cells.setdefault(" ".join(f"{k}={v}" for k, v in trial.params.items()) or plan.recipe, []).append(trial)
     columns = [name for name in COLUMNS if any(name in trial.user_attrs for trial in complete)]
     rows, numbers = [["settings", "n", *columns, "95 % interval", "binomial error"]], []
@@ -339,11 +333,19 @@ def report(study: optuna.Study, plan: Plan) -> int:
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, re.sub(r"[^|]", "-", lines[0]))
     command = re.sub(r"(?<=://)[^/@\s]*@", "", shlex.join(sys.argv))  # without user and password
-    text = "\n".join([f"`python {command}`", "", *lines, "", f"{len(complete)} trials complete, {len(pruned)} pruned"])
+    text = "\n".join(
+        [
+            f"`python {command}`",
+            "",
+            *lines,
+            "",
+            f"{len(complete)} trials complete, {len(trials) - len(complete)} pruned",
+        ]
+    )
     (plan.runs / f"{plan.study}.md").write_text(text + "\n", "utf-8")
     print(text)
     print(json.dumps({"study": plan.study, "metric": plan.metric, "images": plan.images, "table": numbers}))
-    return int(len(complete) + len(pruned) < len(plan.jobs))
+    return int(len(trials) < len(plan.jobs))
 
 
 def main() -> int:
