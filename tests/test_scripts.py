@@ -1,6 +1,5 @@
-"""The scripts: their statistics, which seeds run again, and a whole benchmark on tiny data."""
+"""The benchmark: its clock, its verdict, and a whole one on tiny data."""
 
-import csv
 import json
 import math
 import os
@@ -16,82 +15,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
 
 import benchmark  # noqa: E402
-import seeds  # noqa: E402
 
-TINY = "trainer: {max_epochs: 2}\ndata: {val_size: 60, batch_size: 8}\n"
 NOTHING = Namespace(threads=None, accelerator="cpu")
-
-
-def test_summary():
-    half = 4.303 * 0.01 / math.sqrt(3)
-    expected = {"mean": 0.91, "std": 0.01, "95 % from": 0.91 - half, "95 % to": 0.91 + half}
-    assert seeds.summary([0.90, 0.91, 0.92]) == pytest.approx(expected)
-    assert seeds.summary([0.9]) == {"mean": 0.9}
-    assert seeds.summary([0.0, 1.0] * 10)["95 % to"] == pytest.approx(0.5 + 2.262 * math.sqrt(5 / 19 / 20))
-
-
-@pytest.fixture
-def run_seeds(cli, workdir, capsys, monkeypatch):
-    """Runs seeds.py on 2 seeds of tiny.yaml with its children in-process; returns stdout and the fit commands."""
-    (workdir / "tiny.yaml").write_text(TINY)
-    started = []
-
-    def train(command, env):
-        started.append(command[3:])
-        assert cli(*command[3:])[0] == 0
-
-    def print_config(command, **options):
-        code, out, _ = cli(*command[3:])
-        return subprocess.CompletedProcess(command, code, out)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["scripts/seeds.py", "--config", "tiny.yaml", "--seeds", "2", *args])
-        monkeypatch.setattr(seeds, "train", train)
-        monkeypatch.setattr(subprocess, "run", print_config)
-        started.clear()
-        capsys.readouterr()
-        seeds.main()
-        return capsys.readouterr().out, started
-
-    return run
-
-
-def test_seeds_run_what_is_missing(run_seeds, workdir):
-    out, started = run_seeds()
-    assert [command[command.index("--seed_everything") + 1] for command in started] == ["0", "1"]
-    folders = [workdir / f"runs/tiny-seed{seed}/version_0" for seed in (0, 1)]
-    scores = [json.loads((f / "test.json").read_text())["test_acc"] for f in folders]
-    stats = json.loads(out.splitlines()[-1])
-    assert stats["test_acc"]["mean"] == pytest.approx(sum(scores) / 2)
-    assert stats["test_acc"]["std"] == pytest.approx(abs(scores[0] - scores[1]) / math.sqrt(2))
-    with (folders[0] / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert seeds.result(folders[0])["val_acc"] == max(float(row["val_acc"]) for row in rows)
-    assert f"| seed 0 | {scores[0]:.2%}" in " ".join((workdir / "runs/tiny-seeds.md").read_text().split())
-
-    again, started = run_seeds()
-    assert again.splitlines()[-1] == out.splitlines()[-1]
-    assert not started
-
-
-def test_seeds_go_on_with_an_interrupted_one(run_seeds, workdir):
-    run_seeds("--trainer.max_epochs", "1")
-    for folder in (workdir / f"runs/tiny-seed{seed}/version_0" for seed in (0, 1)):
-        config = folder / "config.yaml"
-        config.write_text(config.read_text().replace("max_epochs: 1", "max_epochs: 2"))
-        (folder / "test.json").unlink()
-    _, started = run_seeds()
-    assert [command[command.index("--ckpt_path") + 1] for command in started] == [
-        f"runs/tiny-seed{seed}/version_0/checkpoints/last.ckpt" for seed in (0, 1)
-    ]
-    assert [p.name for p in (workdir / "runs/tiny-seed0").iterdir()] == ["version_0"]
-    assert len((workdir / "runs/tiny-seed0/version_0/results.csv").read_text().splitlines()) == 3
-
-
-def test_seeds_refuse_results_of_other_settings(run_seeds):
-    run_seeds()
-    with pytest.raises(SystemExit, match=r"seed0/version_0 was made with other settings \(model.lr: 0.001 -> 0.01\)"):
-        run_seeds("--model.lr", "0.01")
 
 
 def test_watch(tmp_path):
