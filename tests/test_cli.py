@@ -168,6 +168,20 @@ def test_the_snippet_of_the_readme_runs(workdir):
     assert isinstance(scope["model"], LitLeNet)
 
 
+def test_the_help_of_a_command_opens_with_what_people_change(cli):
+    code, out, err = cli("fit", "--help")
+    assert (code, err) == (0, "")
+    first, rest = out.split("All options\n")
+    assert "--model.lr LR" in first
+    assert "default: 0.001" in first
+    assert "--trainer.max_epochs" in first
+    assert len(first.splitlines()) < 90
+    assert "usage: lenet-pl fit" in rest
+    assert "--output" not in out
+    for command, option in (("predict", "--output"), ("export", "--output"), ("demo", "--port"), ("test", "--threads")):
+        assert option in cli(command, "--help")[1]
+
+
 def test_help_and_version_answer_at_once(spawn):
     for args in ((), ("--help",), ("--version",)):
         process = spawn(*args, prelude="import atexit; atexit.register(lambda: print('torch' in sys.modules))")

@@ -298,7 +298,11 @@ def test_wrong_use(cli, here, command, needles):
 
 
 def test_nothing_to_resume_or_to_score(cli, workdir):
-    for command, name in (("test", "best"), ("predict", "best"), ("fit --ckpt_path last", "last")):
+    for command, name in (
+        ("test --ckpt_path best", "best"),
+        ("predict --ckpt_path best", "best"),
+        ("fit --ckpt_path last", "last"),
+    ):
         code, _, err = cli(*command.split())
         assert code == 2
         check_message(err, repr(name), "no checkpoints yet", "fit --config lenet.yaml")

@@ -254,6 +254,23 @@ def test_barebones(cli):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+@pytest.mark.filterwarnings("ignore")  # of DeviceStatsMonitor, about other processes
+def test_a_logger_of_the_user(cli, logger):
+    device = flags("DeviceStatsMonitor cpu_stats=false")
+    code, _, err = cli("fit", *TINY, f"--trainer.logger+={logger}", "--trainer.logger.save_dir=logs", *device)
+    assert code == 0, err
+    assert any(Path("logs").rglob("*"))
+    assert not list(RUN.glob("events*"))  # theirs, not ours
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_our_logger_is_there_for_the_trainers_own_checks(cli):
+    code, _, err = cli("fit", *TINY, *flags("LearningRateMonitor"), *flags("DeviceStatsMonitor cpu_stats=false"))
+    assert code == 0, err
+    assert list(RUN.glob("events*"))
+
+
 @pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_profilers_report_is_seen(cli, profiler, caplog):
