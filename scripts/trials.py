@@ -211,15 +211,15 @@ def train(study: optuna.Study, trial: Trial, plan: Plan) -> None:
         return
     note = "pruned"
     if code is None:
-        study.tell(trial, state=PRUNED)
+        study.tell(trial, state=PRUNED, skip_if_finished=True)
     elif code == 0:
         found = result(parent, plan.metric)
         for name, value in found.items():
             trial.set_user_attr(name, value)
-        study.tell(trial, found[plan.metric])
+        study.tell(trial, found[plan.metric], skip_if_finished=True)
         note = f"{plan.metric} {found[plan.metric]:.2%}"
     else:
-        failed = study.tell(trial, state=FAIL)
+        failed = study.tell(trial, state=FAIL, skip_if_finished=True)
         errors = re.findall("^error: (.*)", log.read_text("utf-8", "replace"), re.MULTILINE)
         note = f"exit code {code}: {shorten(errors[-1]) if errors else ''} ({log})"
         if code == 2:  # wrong use, so the other trials would end as this one
