@@ -7,7 +7,7 @@ steps ``steps_per_execution``.
 
 To use it in another project:
 
-1. A loader yields ``Block([batch, batch, …])`` where :func:`size` allows more than one step, and plain batches
+1. A loader yields ``Block([batch, batch, …])`` where :func:`prepare` allows more than one step, and plain batches
    otherwise.
 2. The LightningModule sets ``takes_blocks = True`` and its ``training_step`` hands a ``Block`` to :func:`run`.
 
@@ -62,7 +62,7 @@ class Block(list[Any]):
     """A list of mini-batches for as many optimizer steps; Lightning moves them to the device like any list."""
 
 
-def size(trainer: Trainer | None, wanted: int) -> int:
+def prepare(trainer: Trainer | None, wanted: int) -> int:
     """Decides how many optimizer steps one Lightning step runs, and prepares trainer and module for it.
 
     A loader calls this when it is made. The answer is 1, and a line says why, where something in the training looks
@@ -175,10 +175,11 @@ def run(
     """
     trainer, optimizer = module.trainer, module.optimizers(use_pl_optimizer=False)
     assert isinstance(optimizer, torch.optim.Optimizer)
-    one_process = trainer.world_size == 1 and len(optimizer.param_groups) == 1
+    groups = optimizer.param_groups
+    plain = trainer.world_size == 1 and len(groups) == 1 and not groups[0].get("amsgrad")
     counts, all_outputs, losses = _counts(trainer), [], []
     for batch in block:
-        if not (isinstance(optimizer, Adam) and one_process and optimizer.state):
+        if not (isinstance(optimizer, Adam) and plain and optimizer.state):
             # The first step makes Adam's state; several processes sum their gradients in Lightning's backward.
             outputs, loss = forward(batch)
             optimizer.zero_grad()
@@ -188,7 +189,7 @@ def run(
         elif module.device.type == "cuda":
             module.on_before_optimizer_step(optimizer)
             if not hasattr(optimizer, "graph"):
-                optimizer.graph = StepGraph(optimizer, forward, adam, compiled)  # type: ignore[attr-defined]
+                optimizer.graph = StepGraph(optimizer, forward, compiled)  # type: ignore[attr-defined]
             outputs, loss = optimizer.graph(batch)  # type: ignore[attr-defined]
         else:
             outputs, loss = forward(batch)

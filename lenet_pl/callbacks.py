@@ -41,9 +41,11 @@ class RunFolder(Callback):
 
     @property
     def path(self) -> Path:
-        """The run folder, which is made on first use. Before ``setup`` only the first process knows it."""
-        if self._path is None and rank_zero_only.rank:  # type: ignore[attr-defined]
-            return self.parent
+        """The run folder; until it is made, and until ``setup`` in other processes, the folder above it."""
+        return self._path or self.parent
+
+    def create(self) -> Path:
+        """Makes the folder with its config.yaml, unless it is there; returns it."""
         if self._path is None:
             self._path = runs.new(self.parent)
             write_atomic(self._path / runs.CONFIG, self.config.encode())
@@ -56,7 +58,7 @@ class RunFolder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tells every process the folder. Checkpoint callbacks that have no folder of their own get this one."""
-        self._path = trainer.strategy.broadcast(self.path if trainer.is_global_zero else None)
+        self._path = trainer.strategy.broadcast(self.create() if trainer.is_global_zero else None)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.path / "checkpoints").resolve())
@@ -86,7 +88,8 @@ class RunFolder(Callback):
         """Saves the settings with which a run resumes, and drops the rows of epochs after its checkpoint."""
         if self.resumed and trainer.is_global_zero:  # the checkpoint has been accepted by now
             write_atomic(self.path / runs.CONFIG, self.config.encode())
-            (self.path / runs.FINISHED).unlink(missing_ok=True)
+            for outdated in (runs.FINISHED, runs.SCORE):
+                (self.path / outdated).unlink(missing_ok=True)
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             kept = [row for row in runs.read_results(self.path) if int(row["epoch"]) <= finished]
             runs.write_results(self.path, kept)
@@ -138,7 +141,7 @@ class RunFolder(Callback):
             )
         self.fastest = min(self.fastest, seconds)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def finish(self, trainer: Trainer) -> None:
         """Writes why the training ended, and prints it if the training ended early."""
         done, reason = trainer.current_epoch, _reason(trainer)
         if trainer.is_global_zero:
@@ -162,9 +165,10 @@ def _reason(trainer: Trainer) -> str | None:
     if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             return f"EarlyStopping: {callback.stopping_reason_message}"
-        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+        remaining = callback.time_remaining() if isinstance(callback, Timer) else None
+        if remaining is not None and remaining <= 0:
             return "its time is over (trainer.max_time)"
     return "a callback asked for it"
 
@@ -194,7 +198,8 @@ class RunLogger(TensorBoardLogger):
     @property
     def log_dir(self) -> str:
         """The run folder."""
-        return str(self.folder.path)
+        is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        return str(self.folder.create() if is_first else self.folder.path)
 
     def repeat_last_epoch(self) -> None:
         """Writes once more what a resumed run dropped: the events of its last epoch, which a kill may have cut off."""

@@ -3,6 +3,7 @@
 import io
 import pickle
 import re
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -34,7 +35,8 @@ class AtomicCheckpointIO(CheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         for leftover in Path(path).parent.glob(f".{Path(path).name}.*.tmp"):  # a killed run left it
-            leftover.unlink(missing_ok=True)
+            if time.time() - leftover.stat().st_mtime > 60:  # another process may be writing a younger one
+                leftover.unlink(missing_ok=True)
         write_atomic(Path(path), buffer.getvalue())
 
     def load_checkpoint(

@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lenet_pl import checkpoint, checks, configs, runs
@@ -161,7 +161,8 @@ class CLI(LightningCLI):
             stored: Namespace = parser.parse_object(settings)
         except (ArgumentError, TypeError, KeyError) as error:
             why = explain(str(error), self.command, ()).splitlines()[0]
-            raise UsageError(f"Checkpoint {str(self.path)!r} has settings of another version: {why}") from error
+            source = self.path or self.folder
+            raise UsageError(f"{str(source)!r} has settings of another version: {why}") from error
         return stored
 
     def before_instantiate_classes(self) -> None:
@@ -200,9 +201,11 @@ class CLI(LightningCLI):
         options = self.config_init.trainer
         asked = _listed(options.callbacks)
         ours: list[Any] = []
-        if self.command == "fit" and not options.fast_dev_run and not options.barebones:
-            name = self.folder.parent.name if self.folder else self.name or "lenet"
-            self.run_folder = RunFolder(self.root / name, self._saved_config(name), self.folder)
+        training = self.command == "fit" and not options.fast_dev_run and not options.barebones
+        if training:
+            name = self.folder.absolute().parent.name if self.folder else self.name or "lenet"
+            parent = self.folder.absolute().parent if self.folder else self.root / name
+            self.run_folder = RunFolder(parent, self._saved_config(name), self.folder)
             ours.append(self.run_folder)
             if options.enable_checkpointing is not False:
                 if self.datamodule.val_size and options.limit_val_batches != 0:
@@ -225,6 +228,9 @@ class CLI(LightningCLI):
             if shows_bar and not _has(asked, ProgressBar):
                 ours.append(EpochBar())
             kwargs["enable_progress_bar"] = shows_bar or _has(asked, ProgressBar)
+        if training and options.max_time:  # at the end of an epoch, from which the run can be resumed
+            ours.append(Timer(options.max_time, interval="epoch", verbose=False))
+            kwargs["max_time"] = None
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         kwargs["plugins"] = [*_listed(options.plugins), checkpoint.AtomicCheckpointIO()]

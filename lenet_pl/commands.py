@@ -31,6 +31,8 @@ def fit(cli: CLI) -> None:
             say(f"checkpoint: {one_line(cli.path)}")
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
+            if folder:
+                folder.finish(cli.trainer)
         finally:
             if folder and folder.is_new and not cli.trainer.global_step:  # no step was taken
                 runs.remove(folder.path)
@@ -40,8 +42,8 @@ def fit(cli: CLI) -> None:
     if path is None:
         raise UsageError("no epoch was finished, so there is nothing to score; allow more trainer.max_time")
     if cli.config.test:
-        _score(cli, path)
         report(cli, path)
+        _score(cli, path)  # last: ``auto`` takes a run with a score for finished
     command = f"python -m lenet_pl test --ckpt_path {shlex.quote(str(path))}"
     say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
 
@@ -56,14 +58,13 @@ def _is_finished(cli: CLI) -> bool:
     if not (cli.folder / runs.FINISHED).is_file():
         return False
     old, new = cli.stored, cli.config
-    for length in ("max_epochs", "max_steps", "max_time"):
-        if old["trainer"][length] != new.trainer[length]:
-            return False
-    for group in ("model", "data"):
-        for name, value in new[group].items():
-            if name != "data_dir" and old[group].get(name, value) != value:
-                change = f"{group}.{name}: {old[group][name]} before, {value} now"
-                raise UsageError(f"{cli.folder} is finished, but with other settings ({change}); choose another --name")
+    if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
+        return False
+    decisive = [f"model.{name}" for name in vars(new.model)] + [f"data.{name}" for name in vars(new.data)]
+    for name in ("seed_everything", "trainer.precision", *decisive):
+        if name != "data.data_dir" and old[name] != new[name]:
+            change = f"{name}: {old[name]} before, {new[name]} now"
+            raise UsageError(f"{cli.folder} is finished, but with other settings ({change}); choose another --name")
     return True
 
 

@@ -1,7 +1,7 @@
 """Settings as text: config files and flags before jsonargparse reads them, and settings before they are saved."""
 
 import difflib
-import re
+import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -66,23 +66,34 @@ def read(name: str) -> str:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"config file {name}{line}: {problem or 'this is not YAML'}; {_EXPECTED}") from error
-    except (OSError, ValueError) as error:  # a folder, bytes that are not UTF-8, a 13th month
+    except (OSError, ValueError) as error:  # a folder, bytes that are not UTF-8, a date that does not exist
         raise UsageError(f"config file {name}: {error}; expected YAML in UTF-8") from error
     if not isinstance(tree, yaml.MappingNode):
         raise UsageError(f"config file {name}: {_EXPECTED}")
-    seen = set()
+    _refuse_doubles(name, tree)
     for key, value in tree.value:
-        place = f"config file {name}, line {key.start_mark.line + 1}: {key.value}"
-        if key.value in seen:  # YAML would ignore the first one
-            raise UsageError(f"{place} is there for the second time; join the two")
         if key.value in ("trainer", "model", "data") and not isinstance(value, yaml.MappingNode):
-            raise UsageError(f"{place} has no settings; {_EXPECTED}")
-        seen.add(key.value)
+            raise UsageError(f"{_place(name, key)} has no settings; {_EXPECTED}")
     return str(yaml.serialize(tree, Dumper=yaml.SafeDumper, allow_unicode=False))
 
 
+def _refuse_doubles(name: str, tree: yaml.MappingNode) -> None:
+    """Refuses a key that is given twice, of which YAML would ignore the first one without a word."""
+    seen = set()
+    for key, value in tree.value:
+        if key.value in seen:
+            raise UsageError(f"{_place(name, key)} is there for the second time; join the two")
+        seen.add(key.value)
+        if isinstance(value, yaml.MappingNode):
+            _refuse_doubles(name, value)
+
+
+def _place(name: str, key: yaml.Node) -> str:
+    return f"config file {name}, line {key.start_mark.line + 1}: {key.value}"
+
+
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
     if path.exists():
         return path
     recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
@@ -119,7 +130,7 @@ def take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
 
 def with_home_folders(settings: Any) -> Any:
     """Expands ``~`` at the beginning of any text, because only paths begin with it."""
-    return _changed(settings, lambda text: str(Path(text).expanduser()) if re.match(r"~[\w.-]*(/|$)", text) else text)
+    return _changed(settings, os.path.expanduser)
 
 
 def plain(settings: Any) -> Any:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lenet_pl import blocks, download
 from lenet_pl.errors import UsageError
-from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, EvalLoader, TrainLoader, generator, normalise
+from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, EvalLoader, TrainLoader, generator, normalise, training_seed
 
 
 class FashionMNIST(torchvision.datasets.FashionMNIST):  # type: ignore[misc]
@@ -104,7 +104,7 @@ class FashionMNISTDataModule(LightningDataModule):
         if wants_test_images and self.test_set is None:
             self.test_set = self._read(train=False)
         if stage == "fit":
-            self.seed = torch.initial_seed() % 2**63
+            self.seed = training_seed(self.trainer)
             if self.trainer and not self.val_size:
                 self.trainer.limit_val_batches = 0  # otherwise Lightning warns about an empty loader
 
@@ -123,7 +123,7 @@ class FashionMNISTDataModule(LightningDataModule):
             seed=self.seed,
             flip=self.flip,
             most=self.shift,
-            block=blocks.size(trainer, self.steps_per_execution),
+            block=blocks.prepare(trainer, self.steps_per_execution),
             shuffle=not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
             rank=self._rank,
             world=self._world,

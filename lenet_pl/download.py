@@ -78,12 +78,12 @@ def ensure(data_dir: str | Path) -> Path:
 def _is_sound(path: Path) -> bool:
     try:
         _verified(path.open("rb"), path.name)
+        return path.stat().st_size == FILES[path.name][1]  # torchvision reads no compressed file
     except FileNotFoundError:
         return False
     except ValueError as error:
         _say(f"{path.parent}: {error}; fetching it again")
         return False
-    return True
 
 
 def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:

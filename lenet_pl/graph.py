@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import Adam
+from torch.optim.adam import Adam, adam
 
-PIECE = 4096  # elements; fused Adam gives a tensor of up to 65,536 elements to one of the GPU's 132 processors
+# Fused Adam gives each 65,536 elements of a tensor to one processor. Smaller pieces keep more of them busy.
+PIECE = 4096
 
 
 class StepGraph:
@@ -21,18 +22,18 @@ class StepGraph:
     Args:
         optimizer: Fused Adam with one parameter group, which has taken a step before.
         forward: Returns the outputs ``[B, …]`` and the mean loss of a mini-batch.
-        update: Takes the step: parameters, gradients, both moments, nothing, and step counts, each a list of tensors.
         compiled: Whether torch.compile may fuse kernels: faster, after half a minute, and equal within tolerance only.
     """
 
-    def __init__(self, optimizer: Adam, forward: Callable[[Any], Any], update: Callable[..., None], compiled: bool):
-        self.optimizer, self.forward, self.update = optimizer, forward, update
-        self.fast_forward, self.fast_update = forward, update
+    def __init__(self, optimizer: Adam, forward: Callable[[Any], Any], compiled: bool) -> None:
+        self.optimizer, self.forward = optimizer, forward
+        self.fast_forward = forward
+        self.update: Callable[..., None] = adam
         self.fused = not compiled
         if compiled:
             options: Any = {"combo_kernels": True}  # one kernel for many small tensors
             self.fast_forward = torch.compile(forward, dynamic=False, options=options)
-            self.fast_update = torch.compile(update, dynamic=False, options=options)
+            self.update = torch.compile(adam, dynamic=False, options=options)
         group = optimizer.param_groups[0]
         self.lr = torch.zeros((), device=group["params"][0].device)  # a graph reads it at each replay
         states = [optimizer.state[parameter] for parameter in group["params"]]
@@ -52,20 +53,20 @@ class StepGraph:
         self.lr.fill_(self.optimizer.param_groups[0]["lr"])
         if self.batch is None:  # readies cuDNN and compiles: neither may happen while a graph is recorded
             self.batch = [tensor.clone() for tensor in batch]
-            return self._step(batch, self.fast_forward, self.fast_update)
+            return self._step(batch, self.fast_forward)
         if any(tensor.shape != buffer.shape for tensor, buffer in zip(batch, self.batch, strict=True)):
-            return self._step(batch, self.forward, self.fast_update)  # the smaller last one of an epoch
+            return self._step(batch, self.forward)  # the smaller last one of an epoch
         for buffer, tensor in zip(self.batch, batch, strict=True):
             buffer.copy_(tensor)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records the kernels without running them
-                self.results = self._step(self.batch, self.fast_forward, self.fast_update)
+                self.results = self._step(self.batch, self.fast_forward)
         self.graph.replay()
         outputs, loss = self.results
         return outputs.clone(), loss.clone()  # the next replay writes over them
 
-    def _step(self, batch: Any, forward: Callable[[Any], Any], update: Callable[..., None]) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: Any, forward: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
         torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
         outputs, loss = forward(batch)
         gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
@@ -75,7 +76,7 @@ class StepGraph:
         options = {name: group[name] for name in names} | {"beta1": beta1, "beta2": beta2, "lr": self.lr}
         options |= {"fused": self.fused, "foreach": not self.fused, "capturable": True}
         with torch.no_grad():
-            update(self.weights, _pieces(gradients), *self.moments, [], self.steps, **options)
+            self.update(self.weights, _pieces(gradients), *self.moments, [], self.steps, **options)
         return outputs.detach(), loss.detach()
 
 

@@ -1,10 +1,12 @@
 """The batches of an epoch: order, augmentation, normalisation. This module takes tensors and plain numbers."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lenet_pl.blocks import Block
@@ -23,6 +25,12 @@ def generator(*key: int) -> torch.Generator:
 def seed_of(*key: int) -> int:
     """Mixes numbers into one seed of 63 bits. Similar keys give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+
+
+def training_seed(trainer: Trainer | None) -> int:
+    """Returns the seed of a training: that of the first process, which ``seed_everything`` set, or a random one."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) % 2**63
+    return trainer.strategy.broadcast(seed) if trainer else seed
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:

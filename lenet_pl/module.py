@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lenet_pl import blocks, checkpoint, runs
 from lenet_pl.errors import UsageError
 from lenet_pl.lenet import LeNet5
-from lenet_pl.loader import Batch, seed_of
+from lenet_pl.loader import Batch, seed_of, training_seed
 
 
 class LitLeNet(LightningModule):
@@ -97,12 +97,9 @@ class LitLeNet(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Takes the seed of the process, and compiles the net if that is asked for."""
-        if stage != "fit":
-            return
-        self.seed = torch.initial_seed() % 2**63
-        if self.hparams["compile"] and self.trainer.strategy.root_device.type == "cpu":  # on a GPU blocks.run does it
-            self.net.compile()
+        """Takes the seed of the training."""
+        if stage == "fit":
+            self.seed = training_seed(self.trainer)
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
@@ -115,12 +112,15 @@ class LitLeNet(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Fixes the length of the schedule.
+        """Fixes the length of the schedule, and compiles the net if that is asked for.
 
         Raises:
             UsageError: If ``one_cycle`` has no end.
         """
         self.total_steps = blocks.total_steps(self.trainer)
+        in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
+        if self.hparams["compile"] and not in_graph:  # there graph.py compiles the whole step
+            self.net.compile()
         if self.hparams["schedule"] == "one_cycle" and self.total_steps == float("inf"):
             raise UsageError(
                 "model.schedule='one_cycle': expected trainer.max_epochs or trainer.max_steps, at which it ends"
@@ -184,7 +184,8 @@ class LitLeNet(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the class probabilities, ``[B, 10]``."""
-        probabilities: Tensor = self(batch[0]).softmax(-1)
+        with torch.autocast(self.device.type, enabled=False):  # as in _evaluate
+            probabilities: Tensor = self(batch[0]).softmax(-1)
         return probabilities
 
     def _evaluate(self, stage: str, batch: Batch) -> None:

@@ -76,7 +76,8 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 
 def folder_of(ckpt_path: Path) -> Path | None:
     """Returns the run folder in which a checkpoint lies, or None."""
-    path = ckpt_path if ckpt_path.parent.name else ckpt_path.absolute()  # "last.ckpt" in the current folder
+    folder = ckpt_path.parent.parent
+    path = ckpt_path if folder.name else ckpt_path.absolute()  # given from within the run folder
     folder = path.parent.parent
     is_run = path.parent.name == "checkpoints" and (folder / CONFIG).is_file()
     return folder if is_run else None
@@ -106,7 +107,7 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
     """
     refuse_url(word)
     word = str(word)
-    path, kind = Path(word).expanduser(), word.removesuffix(".ckpt")
+    path, kind = Path(word), word.removesuffix(".ckpt")
     try:
         if path.is_file():
             return path

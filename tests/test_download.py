@@ -276,14 +276,27 @@ def test_named_folder_that_fails_is_mentioned(
     assert "LENET_PL_DATA_SOURCE=/no/such/folder: " in capsys.readouterr().err
 
 
-def test_a_gz_that_holds_raw_content_is_welcome(tmp_path: Path, good: Path) -> None:
+def test_a_gz_that_holds_raw_content_is_welcome(tmp_path: Path) -> None:
     """A proxy or a browser may have unpacked the file and kept its name."""
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for name in NAMES:
-        (raw / f"{name}.gz").write_bytes((good / "FashionMNIST/raw" / name).read_bytes())
+        (raw / f"{name}.gz").write_bytes(CONTENT[name])
     ensure(tmp_path)
-    assert all((raw / name).read_bytes() == (good / "FashionMNIST/raw" / name).read_bytes() for name in NAMES)
+    assert_whole(raw)
+
+
+def test_a_compressed_file_under_the_raw_name_is_replaced(
+    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision could not read it."""
+    raw = raw_folder(tmp_path)
+    raw.mkdir(parents=True)
+    for name in NAMES:
+        (raw / name).write_bytes((good / f"{name}.gz").read_bytes())
+    monkeypatch.setattr(download, "SOURCES", (str(good),))
+    ensure(tmp_path)
+    assert_whole(raw)
 
 
 def test_files_scattered_over_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same, weights
-from torch.optim.adam import Adam, adam
+from torch.optim.adam import Adam
 
 from lenet_pl import LeNet5
 from lenet_pl.graph import StepGraph
@@ -29,7 +29,7 @@ class Replayed:
 
     def replay(self):
         if not self.recorded:
-            results = self.owner._step(self.owner.batch, self.owner.fast_forward, self.owner.fast_update)
+            results = self.owner._step(self.owner.batch, self.owner.fast_forward)
             for buffer, value in zip(self.owner.results, results, strict=True):
                 buffer.copy_(value)
         self.recorded = False
@@ -69,7 +69,7 @@ def test_its_steps_are_those_of_adam(monkeypatch, decay):
             optimizers[0].step()
             continue
         if quick is None:
-            quick = Replayed.owner = StepGraph(optimizers[0], forward_of(net), adam, compiled=False)
+            quick = Replayed.owner = StepGraph(optimizers[0], forward_of(net), compiled=False)
         outputs, value = quick(batch)
         torch.testing.assert_close(outputs, logits.detach())
         torch.testing.assert_close(value, loss.detach())

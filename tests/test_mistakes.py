@@ -40,6 +40,7 @@ CONFIGS = {  # name: content
     "nogroup.yaml": b"trainer:\n  max_epochs: 3\nmodel:\n",
     "nomapping.yaml": b"data: [1, 2]\n",
     "twice.yaml": b"model:\n  lr: 0.1\ntrainer: {}\nmodel:\n  dropout: 0.1\n",
+    "twice2.yaml": b"model:\n  lr: 0.1\n  lr: 0.2\n",
     "command.yaml": b"fit:\n  model:\n    lr: 0.1\n",
     "range.yaml": b"model:\n  lr: -1\n",
     "gone.yaml": b"ckpt_path: gone.ckpt\n",
@@ -116,6 +117,7 @@ WRONG_USE = [
     ("fit --config nogroup.yaml", "nogroup.yaml, line 3: model", "lr: 0.001"),
     ("fit --config nomapping.yaml", "nomapping.yaml, line 1: data", "lr: 0.001"),
     ("fit --config twice.yaml", "twice.yaml, line 4: model", "second time"),
+    ("fit --config twice2.yaml", "twice2.yaml, line 3: lr", "second time"),
     ("fit --config lenet.yaml --config type.yaml", "model.lr=fast"),
     ("fit --config gone.yaml", "gone.ckpt", "Give one of these"),
     # Ranges

@@ -16,7 +16,7 @@ from conftest import inside, same
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lenet_pl import runs
+from lenet_pl import download, runs
 from lenet_pl.__main__ import main
 from lenet_pl.callbacks import BestCheckpoint, RunFolder
 from lenet_pl.module import LitLeNet
@@ -103,7 +103,7 @@ MOMENTS = {
     "between epochs": (RunFolder, "on_train_epoch_start", EPOCHS),
     "after the last block of an epoch": (LitLeNet, "on_validation_model_zero_grad", EPOCHS),
     "before the events": (TensorBoardLogger, "log_metrics", 2 * EPOCHS),  # of validation, and after last.ckpt
-    "before the end of the training": (RunFolder, "on_train_end", 1),
+    "before the end of the training": (RunFolder, "finish", 1),
     "in the test": (LitLeNet, "test_step", 1),
 }
 
@@ -261,12 +261,57 @@ def test_auto_gives_one_finished_run_however_often_it_is_called(cli, undisturbed
         assert (code, err) == (0, "")
         assert f"{RUN} is finished" in out
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+    code, _, err = cli(*command, "--seed_everything", 1)
+    assert (code, "seed_everything: 0 before, 1 now" in err) == (2, True), err
     code, _, err = cli(*command, "--model.lr", 0.5)
     assert code == 2
     assert "model.lr: 0.01 before, 0.5 now" in err
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
     assert cli(*command, "--trainer.max_epochs", EPOCHS + 1)[0] == 0  # longer: the run resumes
     assert len((RUN / "results.csv").read_text().splitlines()) == EPOCHS + 2
+
+
+def test_auto_finishes_a_run_that_was_killed_between_its_last_epoch_and_its_score(cli):
+    command = ("fit", *SMALL, "--ckpt_path", "auto")
+    assert cli(*command)[0] == 0
+    (RUN / "finished.txt").unlink()
+    (RUN / "test.json").unlink()
+    assert cli(*command)[0] == 0
+    assert (RUN / "finished.txt").read_text() == f"all {EPOCHS} epochs are trained\n"
+    assert "is finished" in cli(*command)[1]
+
+
+def test_a_longer_training_leaves_no_score_of_the_shorter_one(cli):
+    assert cli("fit", *SMALL)[0] == 0
+    longer = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", str(EPOCHS + 1)]
+    interrupted(longer, *MOMENTS["in the test"][:2], 1, signal.SIGKILL)
+    assert not (RUN / "test.json").exists()
+    assert cli(*longer[:2], "auto", *longer[3:])[0] == 0
+    assert json.loads((RUN / "test.json").read_text())["n"] == 53
+
+
+def test_a_run_that_its_time_ended_goes_on(cli):
+    assert cli("fit", *SMALL, "--trainer.max_epochs", 9999, "--trainer.max_time", "00:00:00:01")[0] == 0
+    state = torch.load(LAST, weights_only=True)
+    assert state["global_step"] == STEPS * (state["epoch"] + 1)  # the time ends a training at the end of an epoch
+    more = ("--trainer.max_time", "00:01:00:00", "--trainer.max_epochs", state["epoch"] + 2)
+    code, _, err = cli("fit", "--ckpt_path", "last", *more)
+    assert code == 0, err
+
+
+def test_a_stop_before_the_training_leaves_no_run(workdir):
+    code, err = interrupted(["fit", *SMALL], download, "ensure", 1, signal.SIGINT)
+    assert (code, err) == (130, "stopped by Ctrl-C before the first epoch was finished; start the run again\n")
+    assert not Path("runs").exists()
+
+
+def test_from_within_the_run_folder(cli, monkeypatch, tiny):
+    assert cli("fit", *SMALL, "--data.data_dir", tiny[0])[0] == 0
+    monkeypatch.chdir(RUN)
+    code, _, err = cli("fit", "--ckpt_path", "checkpoints/last.ckpt", "--trainer.max_epochs", EPOCHS + 1)
+    assert code == 0, err
+    assert len(Path("results.csv").read_text().splitlines()) == EPOCHS + 2
+    assert not Path("runs").exists()
 
 
 def test_auto_knows_a_run_that_early_stopping_ended(cli):
