@@ -83,7 +83,8 @@ class Plan:
         self.settings = self._ask_fit()
         self.images = 10_000 if args.final else self.settings["data.val_size"]
         if not self.images:
-            raise UsageError(f"{args.config} has no validation images to compare trials by: add --data.val_size 10000")
+            remedy = "add --data.val_size 10000, or --final if it is chosen and the test images shall score it"
+            raise UsageError(f"{args.config} has no validation images to compare trials by: {remedy}")
         self.jobs: dict[str, tuple[dict[str, str], int]] = {f"trial {k}": ({}, 0) for k in range(args.trials)}
         if not args.search:
             choices = itertools.product(*(values.split(",") for values in self.space.values()))
