@@ -54,7 +54,7 @@ def test_a_run_comes_before_the_package(cli, packaged):
 def test_no_training_goes_on_from_it(cli, packaged):
     code, _, err = cli("fit", "--ckpt_path", "pretrained")
     assert code == 2
-    assert "holds no training to go on with" in err
+    assert "holds no training to resume" in err
 
 
 @pytest.mark.data
