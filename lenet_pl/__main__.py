@@ -24,7 +24,7 @@ usage: python -m lenet_pl COMMAND [--config FILE] [--trainer.* ...] [--model.* .
 
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
-start here:      python -m lenet_pl fit --config configs/lenet.yaml
+start here:      python -m lenet_pl fit --config lenet.yaml
 all its options: python -m lenet_pl fit --help"""
 
 

@@ -1,6 +1,7 @@
 """Settings as text: config files and flags before they are parsed, settings as they are written."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -14,8 +15,8 @@ from lenet_pl.errors import UsageError
 from lenet_pl.runs import CONFIG
 
 _HERE = Path(__file__).parent
-# The recipes lie in the checkout beside the package, and in the package where it was installed as a wheel.
-RECIPES = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), Path("configs"))
+# A wheel holds the checkout's folder configs as lenet_pl/recipes.
+RECIPES = _HERE / "recipes" if (_HERE / "recipes").is_dir() else _HERE.parent / "configs"
 _EXPECTED = "expected settings such as\nmodel:\n  lr: 0.001"
 
 
@@ -119,7 +120,8 @@ def take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
 
 def with_home_folders(settings: Any) -> Any:
     """Expands ``~`` at the beginning of any text: no other text begins so."""
-    return _changed(settings, lambda text: str(Path(text).expanduser()) if re.match(r"~[\w.-]*(/|$)", text) else text)
+    begins = re.compile(rf"~[\w.-]*([/{re.escape(os.sep)}]|$)")
+    return _changed(settings, lambda text: str(Path(text).expanduser()) if begins.match(text) else text)
 
 
 def plain(settings: Any) -> Any:
