@@ -276,14 +276,13 @@ def test_named_folder_that_fails_is_mentioned(
     assert "LENET_PL_DATA_SOURCE=/no/such/folder: " in capsys.readouterr().err
 
 
-def test_a_gz_that_holds_raw_content_is_welcome(tmp_path: Path, good: Path) -> None:
+def test_a_gz_that_holds_raw_content_is_welcome(tmp_path: Path) -> None:
     """A proxy or a browser unpacked it and kept the name."""
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for name in NAMES:
-        (raw / f"{name}.gz").write_bytes((good / "FashionMNIST/raw" / name).read_bytes())
-    ensure(tmp_path)
-    assert all((raw / name).read_bytes() == (good / "FashionMNIST/raw" / name).read_bytes() for name in NAMES)
+        (raw / f"{name}.gz").write_bytes(CONTENT[name])
+    assert_whole(ensure(tmp_path))
 
 
 def test_files_scattered_over_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
