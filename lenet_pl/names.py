@@ -1,6 +1,9 @@
 """File names as text. A name may hold line ends, terminal codes, and bytes that are no UTF-8; all of them are shown."""
 
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 _BYTE = re.compile("[\udc80-\udcff]")  # what Python makes of a byte that it cannot decode: 0xDC00 plus the byte
@@ -16,3 +19,8 @@ def decoded(name: str | Path) -> str:
 def one_line(name: str | Path) -> str:
     r"""Returns a name as one line for a terminal, picture or page: control characters are written like ``\n`` too."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), decoded(name))
+
+
+def quoted(name: str | Path) -> str:
+    """Returns a name as one word for a shell; Windows' own knows no single quotes."""
+    return subprocess.list2cmdline([str(name)]) if os.name == "nt" else shlex.quote(str(name))

@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import os
 import platform
-import shlex
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime
@@ -27,7 +26,7 @@ from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.lenet import layers
 from lenet_pl.module import LitLeNet
-from lenet_pl.names import one_line
+from lenet_pl.names import one_line, quoted
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("data_dir", "default_root_dir")  # settings that say where files lie, and nothing about the training
@@ -120,7 +119,7 @@ def write(
             *differences("trainer", Trainer, run.trainer, trainer_defaults or {}),
         ],
         origin=origin(run, model.device),
-        again=f"python -m lenet_pl report --ckpt_path {shlex.quote(path)}",
+        again=f"python -m lenet_pl report --ckpt_path {quoted(path)}",
     )
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
