@@ -1,7 +1,6 @@
 """The commands: each is a plain function."""
 
 import json
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from lenet_pl import process, runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.cli import CLI
 from lenet_pl.errors import UsageError, tell
-from lenet_pl.names import one_line
+from lenet_pl.names import one_line, quoted
 
 say = rank_zero_only(print)
 
@@ -43,8 +42,7 @@ def fit(cli: CLI) -> None:
         raise UsageError("no epoch was finished, so there is nothing to score; allow more trainer.max_time")
     if cli.config.test:
         report(cli, path)
-        _score(cli, path)  # last: ``auto`` takes a run with a score for finished
-    command = f"python -m lenet_pl test --ckpt_path {shlex.quote(str(path))}"
+    command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
     say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
 
 
@@ -174,4 +172,4 @@ def _how_to_go_on(cli: CLI | None) -> str:
     last = cli.run_folder.path / runs.LAST
     if not last.is_file():
         return " before the first epoch was finished; start the run again"
-    return f"; resume with: python -m lenet_pl fit --ckpt_path {shlex.quote(str(last))}"
+    return f"; resume with: python -m lenet_pl fit --ckpt_path {quoted(last)}"

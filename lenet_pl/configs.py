@@ -14,8 +14,8 @@ from lenet_pl.errors import UsageError
 from lenet_pl.runs import CONFIG
 
 _HERE = Path(__file__).parent
-# The recipes lie inside the package if it was installed from a wheel, and beside it in a checkout.
-RECIPES = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), Path("configs"))
+# A wheel holds the checkout's folder configs as lenet_pl/recipes.
+RECIPES = _HERE / "recipes" if (_HERE / "recipes").is_dir() else _HERE.parent / "configs"
 _EXPECTED = "expected settings such as\nmodel:\n  lr: 0.001"
 
 

@@ -1,6 +1,9 @@
 """File names as text. A name may contain line ends, terminal codes and bytes that are not UTF-8; all are shown."""
 
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 _BYTE = re.compile("[\udc80-\udcff]")  # Python turns a byte that it cannot decode into 0xDC00 plus the byte
@@ -16,3 +19,8 @@ def decoded(name: str | Path) -> str:
 def one_line(name: str | Path) -> str:
     r"""Returns a name as one line for a terminal, picture or page. Control characters, too, become text like ``\n``."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), decoded(name))
+
+
+def quoted(name: str | Path) -> str:
+    """Returns a name as one word for a shell; Windows' own knows no single quotes."""
+    return subprocess.list2cmdline([str(name)]) if os.name == "nt" else shlex.quote(str(name))

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def stopping() -> Iterator[None]:
         yield
         return
     codes = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
-    if "SLURM_JOB_ID" in os.environ:
+    if sys.platform != "win32" and "SLURM_JOB_ID" in os.environ:
         codes[signal.SIGUSR1] = ("SIGUSR1", 143)
 
     def stop(signum: int, frame: Any) -> None:

@@ -16,15 +16,15 @@ stage() { # TITLE REMEDY COMMAND...
   exit "$code"
 }
 
-find_python() {
-  local candidate
-  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
-    if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+find_python() { # [NEWEST]      of Python 3, such as 12
+  local candidate check="import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, ${1:-99}))"
+  for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
+    if [ -n "$candidate" ] && "$candidate" -c "$check" 2>/dev/null; then
       printf '%s' "$candidate"
       return
     fi
   done
-  printf 'No Python >= 3.10 with the venv module was found.\nWhat to do: install one, or name it: PYTHON=/path/to/python3 bash %s\n' "$0" >&2
+  printf 'No Python from 3.10%s with the venv module was found.\nWhat to do: install one, or name it: PYTHON=/path/to/python3 bash %s\n' "${1:+ to 3.$1}" "$0" >&2
   exit 1
 }
 

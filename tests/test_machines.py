@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, same, weights
 
 from lenet_pl.callbacks import RunFolder
+from lenet_pl.names import quoted
 
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 1)
 RECIPE = "trainer: {max_epochs: 1}\ndata: {val_size: 60, batch_size: 8}\n"
@@ -97,6 +98,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(cli, workdir, monkeypatch, tin
     assert cli("predict", "--ckpt_path", best, "--output=~/out")[0] == 0
     assert (home / "out/predictions.csv").exists()
     assert not Path("~").exists()
+
+
+def test_a_path_with_spaces_is_one_word_for_the_shell_of_the_system(monkeypatch):
+    assert [quoted(path) for path in ("a/b.ckpt", "a b/c.ckpt")] == ["a/b.ckpt", "'a b/c.ckpt'"]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.name", "nt")
+        assert [quoted(path) for path in (r"a\b.ckpt", r"a b\c.ckpt")] == [r"a\b.ckpt", r'"a b\c.ckpt"']
 
 
 def test_utf8_whatever_the_locale(spawn, workdir):
