@@ -42,6 +42,7 @@ def fit(cli: CLI) -> None:
         raise UsageError("no epoch was finished, so there is nothing to score; allow more trainer.max_time")
     if cli.config.test:
         report(cli, path)
+        _score(cli, path)  # last: ``auto`` takes a run with a score for finished
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
     say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
 
