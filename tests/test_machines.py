@@ -19,6 +19,7 @@ from lenet_pl.names import quoted
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 1)
 RECIPE = "trainer: {max_epochs: 1}\ndata: {val_size: 60, batch_size: 8}\n"
 RUN = Path("runs/lenet/version_0")
+ODD = ["my recipe.yaml", "lenet@home.yaml", "größe.yaml", "a'b.yaml", "$HOME.yaml", "[x].yaml"]
 
 
 def rows(folder):
@@ -59,7 +60,7 @@ def test_twice_in_one_process_as_a_notebook_does(cli):
 
 @pytest.mark.parametrize(
     "name",
-    ["my recipe.yaml", "lenet (copy).yaml", "lenet@home.yaml", "größe.yaml", "a'b.yaml", "$HOME.yaml", "[x].yaml"],
+    ["lenet (copy).yaml", *(pytest.param(name, marks=pytest.mark.long) for name in ODD)],
 )
 def test_a_config_file_may_have_any_name(cli, workdir, name):
     Path(name).write_text(RECIPE)
@@ -122,7 +123,9 @@ def test_utf8_whatever_the_locale(spawn, workdir):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
-@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [">&-", *(pytest.param(c, marks=pytest.mark.long) for c in (">&- 2>&-", "<&- >&- 2>&-"))]
+)
 def test_a_process_without_streams_runs_silently(workdir, tiny, closed):
     code = f"import sys; from lenet_pl import download; download.FILES = {tiny[1]!r}\n"
     code += "from lenet_pl.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -179,12 +182,12 @@ def test_an_epoch_that_takes_three_times_the_fastest_is_mentioned_once(capsys):
     [
         (),
         ("--trainer.precision", "bf16-mixed"),
-        ("--trainer.precision", "64-true"),
-        ("--trainer.precision", "bf16-true"),
-        ("--data.mean", 0, "--data.std", 1),
+        pytest.param(("--trainer.precision", "64-true"), marks=pytest.mark.long),
+        pytest.param(("--trainer.precision", "bf16-true"), marks=pytest.mark.long),
+        pytest.param(("--data.mean", 0, "--data.std", 1), marks=pytest.mark.long),
         ("--model.variant", "classic"),
         ("--data.val_size", 0),
-        ("--data.split_seed", 3, "--seed_everything", 9),
+        pytest.param(("--data.split_seed", 3, "--seed_everything", 9), marks=pytest.mark.long),
         (
             "--model.dropout",
             0.3,
@@ -195,7 +198,7 @@ def test_an_epoch_that_takes_three_times_the_fastest_is_mentioned_once(capsys):
             "--data.flip",
             "true",
         ),
-        ("--trainer.max_epochs", 3, "--data.batch_size", 16),
+        pytest.param(("--trainer.max_epochs", 3, "--data.batch_size", 16), marks=pytest.mark.long),
     ],
 )
 def test_what_fit_prints_for_a_checkpoint_is_what_test_says_of_it(cli, flags):

@@ -42,6 +42,9 @@ PIECES = {  # flags, and whether blocks give way
 }
 
 
+QUICK = ("ModelCheckpoint", "StochasticWeightAveraging", "GradientAccumulationScheduler", "EarlyStopping")
+
+
 def flags(piece):
     """Turns ``"Name key=value"`` into flags."""
     name, *options = piece.split()
@@ -49,7 +52,10 @@ def flags(piece):
 
 
 @pytest.mark.filterwarnings("ignore")  # what a piece says about itself
-@pytest.mark.parametrize(("piece", "gives_way"), PIECES.items())
+@pytest.mark.parametrize(
+    ("piece", "gives_way"),
+    [pytest.param(*item, marks=[] if item[0].split()[0] in QUICK else pytest.mark.long) for item in PIECES.items()],
+)
 def test_a_callback_does_the_same_in_blocks_as_step_by_step(cli, piece, gives_way):
     outs = []
     for k in (50, 1):
@@ -271,7 +277,9 @@ def test_our_logger_is_there_for_the_trainers_own_checks(cli):
     assert list(RUN.glob("events*"))
 
 
-@pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
+@pytest.mark.parametrize(
+    "profiler", ["simple", *(pytest.param(name, marks=pytest.mark.long) for name in ("advanced", "pytorch"))]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_profilers_report_is_seen(cli, profiler, caplog):
     caplog.set_level("INFO", "lightning.pytorch")

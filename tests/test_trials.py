@@ -151,6 +151,7 @@ def test_seeds(finish, tmp_path):
     assert list(starts(tmp_path).values()) == [[0]] * 4
 
 
+@pytest.mark.long
 def test_settings_are_never_mixed(finish, tmp_path):
     first = finish("--seeds", 1)
     other = finish("--seeds", 1, "--model.lr", 0.2)
@@ -163,6 +164,7 @@ def test_settings_are_never_mixed(finish, tmp_path):
     assert sorted(map(len, starts(tmp_path).values())) == [1, 1, 1, 2]  # fit says at once that it is finished
 
 
+@pytest.mark.long
 def test_grid(finish, tmp_path):
     table = finish("--grid", "model.dropout=0,0.5", "model.lr=0.1,0.2", "--seeds", 2)["table"]
     assert [(row["settings"]["model.dropout"], row["n"]) for row in table] == [
@@ -205,6 +207,7 @@ def test_search(finish, tmp_path):
     assert starts(tmp_path) == before
 
 
+@pytest.mark.long
 def test_final(finish):
     found = finish("--seeds", 2, "--final", "--data.val_size", 0)
     assert (found["metric"], found["images"]) == ("test_acc", 10_000)
@@ -245,6 +248,7 @@ def test_many_commands_at_once(start, tmp_path):
     assert list(starts(tmp_path).values()) == [[0]] * 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command(start, finish, tmp_path, number, code):
     arguments = ["--seeds", 2, "--workers", 2, "--trainer.max_epochs", 6]
@@ -259,6 +263,7 @@ def test_a_stopped_command(start, finish, tmp_path, number, code):
     assert list(starts(tmp_path).values()) == [[0, 3], [0, 3]]
 
 
+@pytest.mark.long
 def test_a_killed_trial_runs_again(start, tmp_path):
     (tmp_path / "hold").touch()
     process = start("--seeds", 1, "--trainer.max_epochs", 5)
@@ -272,6 +277,7 @@ def test_a_killed_trial_runs_again(start, tmp_path):
     assert list(starts(tmp_path).values()) == [[0, 3]]
 
 
+@pytest.mark.long
 def test_a_failed_trial(start, finish, tmp_path):
     process = start("--grid", "model.lr=0.1,9", "--seeds", 1)
     out, _ = process.communicate(timeout=60)
@@ -313,7 +319,7 @@ def test_without_optuna(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("final", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_no_trial_reads_a_test_image(cli, workdir, monkeypatch, capsys, final):
     """The real ``fit``, in this process: which of the two sets is opened."""
     from lenet_pl import datamodule
