@@ -100,7 +100,7 @@ def _find(name: str) -> Path:
     if path.parent == Path() and recipe.is_file():
         return recipe
     recipes = sorted(found.stem for found in RECIPES.glob("*.yaml"))
-    known = {f"{recipe}.yaml": f"{recipe}.yaml" for recipe in recipes}
+    known = {recipe: recipe for recipe in recipes} | {f"{recipe}.yaml": f"{recipe}.yaml" for recipe in recipes}
     known |= {found.name: str(found) for found in path.parent.glob("*.yaml")}
     alike = difflib.get_close_matches(path.name, known, 1)
     hint = f"expected a file or one of the recipes {', '.join(recipes)}"

@@ -65,8 +65,8 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     inside = re.search(r"Problem with given class_path '(\S+)': (.+?)(?: - .*|$)", flat)
     if inside:
         return f"{key[1]}={inside[1]}: {shorten(inside[2])}{remedy}"
-    value = re.search(r"(?:Given value:|Got value:|Unable to load config) ?(.*?)(?: - Parser.*)?$", flat)
-    given = f"={shorten(value[1], 80)}" if value else ""
+    values = re.findall(r"(?:Given value:|Got value:|Unable to load config) ?(.*?)(?= Given value|\.? - |$)", flat)
+    given = f"={shorten(values[-1], 80)}" if values else ""
     kinds = [_TYPES.get(kind, kind) for kind in map("".join, _EXPECTED.findall(flat))]
     expected = " or ".join(dict.fromkeys(kinds)) or "settings, such as --model.lr 0.001"
     return f"{key[1]}{given}: expected {expected}{remedy}"

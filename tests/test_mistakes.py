@@ -90,6 +90,8 @@ WRONG_USE = [
     # Config files
     ("fit --config 12345678", "12345678", "does not exist", "one of the recipes article, best"),
     ("fit --config lent.yaml", "lent.yaml", "did you mean lenet.yaml?"),
+    ("fit --config besst", "besst", "did you mean best?"),
+    ("fit --trainer.max_epochs=1e2", "trainer.max_epochs=1e2: expected an integer or null"),
     ("fit --config=lent.yaml", "lent.yaml", "did you mean lenet.yaml?"),
     ("test -c lent.yaml", "lent.yaml", "did you mean lenet.yaml?"),
     ("fit --config http://127.0.0.1/x.yaml", "http://127.0.0.1/x.yaml", "does not exist"),
