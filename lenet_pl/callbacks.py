@@ -90,6 +90,8 @@ class RunFolder(Callback):
             write_atomic(self.path / runs.CONFIG, self.config.encode())
             for outdated in (runs.FINISHED, runs.SCORE):
                 (self.path / outdated).unlink(missing_ok=True)
+            for half in self.path.glob("checkpoints/.*.tmp"):  # the stopped process was writing it
+                half.unlink(missing_ok=True)
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             kept = [row for row in runs.read_results(self.path) if int(row["epoch"]) <= finished]
             runs.write_results(self.path, kept)
