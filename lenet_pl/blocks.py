@@ -65,7 +65,7 @@ class Block(list[Any]):
 def prepare(trainer: Trainer | None, wanted: int) -> int:
     """Decides how many optimizer steps one Lightning step runs, and prepares trainer and module for it.
 
-    A loader calls this when it is made. The answer is 1, and a line says why, where something in the training looks
+    A datamodule calls this when it makes a loader. The answer is 1, and a line says why, where something in the training looks
     at single batches or steps.
 
     Args:

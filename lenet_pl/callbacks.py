@@ -257,7 +257,7 @@ class EpochBar(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=5)  # Lightning's 100 times a second would slow the training down
 
-    def _get_train_description(self, current_epoch: int) -> str:  # there is no public hook (Lightning issue 12183)
+    def _get_train_description(self, current_epoch: int) -> str:  # Lightning has no public hook for it
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1 like results.csv
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
