@@ -65,8 +65,8 @@ class Block(list[Any]):
 def prepare(trainer: Trainer | None, wanted: int) -> int:
     """Decides how many optimizer steps one Lightning step runs, and prepares trainer and module for it.
 
-    A datamodule calls this when it makes a loader. The answer is 1, and a line says why, where something in the training looks
-    at single batches or steps.
+    A datamodule calls this when it makes a loader. The answer is 1, and a line says why, where something in the
+    training looks at single batches or steps.
 
     Args:
         trainer: The trainer that will run the loader; None for a loop by hand, which gets plain batches.
