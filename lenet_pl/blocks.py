@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.adam import Adam, adam
 
-from lenet_pl.graph import StepGraph
+from lenet_pl.graph import BlockGraph
 
 # A callback that overrides one of these sees, or changes, how single steps are taken.
 _CALLBACK_HOOKS = (
@@ -168,40 +168,56 @@ def run(
         module: The module, in its ``training_step``; its single optimizer is an ``Adam`` or any other.
         block: The mini-batches, on the module's device.
         forward: Returns the outputs ``[B, …]`` and the mean loss of a mini-batch of B samples.
-        compiled: Whether a GPU may run fused kernels, see :class:`StepGraph`.
+        compiled: Whether a GPU may run fused kernels, see :class:`BlockGraph`.
 
     Returns:
         The outputs of all mini-batches, one below the other, and their losses, ``[K]``; both without gradients.
     """
-    trainer, optimizer = module.trainer, module.optimizers(use_pl_optimizer=False)
-    assert isinstance(optimizer, torch.optim.Optimizer)
+    trainer: Any = module.trainer
+    optimizer: Any = module.optimizers(use_pl_optimizer=False)
     groups = optimizer.param_groups
-    plain = trainer.world_size == 1 and len(groups) == 1 and not groups[0].get("amsgrad")
-    counts, all_outputs, losses = _counts(trainer), [], []
+    # Adam makes its state in the first steps; several processes sum their gradients in Lightning's backward.
+    quick = isinstance(optimizer, Adam) and optimizer.state and trainer.world_size == 1
+    quick = quick and len(groups) == 1 and not groups[0].get("amsgrad")
+    trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
+    if quick and module.device.type == "cuda":
+        return _replay(module, optimizer, block, forward, compiled)
+    all_outputs, losses = [], []
     for batch in block:
-        if not (isinstance(optimizer, Adam) and plain and optimizer.state):
-            # The first step makes Adam's state; several processes sum their gradients in Lightning's backward.
-            outputs, loss = forward(batch)
+        outputs, loss = forward(batch)
+        if not quick:
             optimizer.zero_grad()
             module.manual_backward(loss)
-            module.on_before_optimizer_step(optimizer)
-            optimizer.step()
-        elif module.device.type == "cuda":
-            module.on_before_optimizer_step(optimizer)
-            if not hasattr(optimizer, "graph"):
-                optimizer.graph = StepGraph(optimizer, forward, compiled)  # type: ignore[attr-defined]
-            outputs, loss = optimizer.graph(batch)  # type: ignore[attr-defined]
-        else:
-            outputs, loss = forward(batch)
-            module.on_before_optimizer_step(optimizer)
+        module.on_before_optimizer_step(optimizer)
+        if quick:
             adam_step(optimizer, loss)
-        for count in counts:
-            count.increment_by(1)
+        else:
+            optimizer.step()
+        _count_step(trainer)
         torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the step
         all_outputs.append(outputs.detach())
         losses.append(loss.detach())
-    trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
     return torch.cat(all_outputs), torch.stack(losses)
+
+
+def _replay(
+    module: LightningModule, optimizer: Any, block: Block, forward: Callable[[Any], Any], compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """Takes the steps of a block as one CUDA graph, to which the learning rates are an input."""
+    rates = []
+    for _ in block:
+        module.on_before_optimizer_step(optimizer)
+        rates.append(optimizer.param_groups[0]["lr"])
+        _count_step(module.trainer)
+    if not hasattr(optimizer, "graph"):
+        optimizer.graph = BlockGraph(optimizer, forward, compiled)
+    outputs, losses = optimizer.graph(block, rates)
+    return outputs, losses
+
+
+def _count_step(trainer: Trainer) -> None:
+    for count in _counts(trainer):
+        count.increment_by(1)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from lenet_pl import checkpoint, checks, configs, runs
 from lenet_pl.callbacks import BestCheckpoint, EpochBar, LastCheckpoint, RunFolder, RunLogger, Summary
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import CheckpointError, UsageError, explain
+from lenet_pl.lenet import fold
 from lenet_pl.module import LitLeNet
 
 # ``fit --help`` opens with these.
@@ -195,6 +196,8 @@ class CLI(LightningCLI):
                 f"Checkpoint {str(self.path)!r} holds another net than model.variant={variant}: {what}\n"
                 "Leave the --model options out, or give another file with --ckpt_path"
             ) from error
+        if self.command != "fit":
+            self.model.net = fold(self.model.net)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the Trainer with the callbacks, the logger and the checkpoint plugin that the command needs."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from lenet_pl import process, runs
+from lenet_pl import checkpoint, process, runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.cli import CLI
 from lenet_pl.errors import UsageError, tell
+from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line, quoted
 
 say = rank_zero_only(print)
@@ -41,8 +42,9 @@ def fit(cli: CLI) -> None:
     if path is None:
         raise UsageError("no epoch was finished, so there is nothing to score; allow more trainer.max_time")
     if cli.config.test:
-        report(cli, path)
-        _score(cli, path)  # last: ``auto`` takes a run with a score for finished
+        cli.path, cli.model = path, LitLeNet.of(checkpoint.load_ours(path, resume=False))
+        report(cli)
+        test(cli)  # last: ``auto`` takes a run with a score for finished
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
     say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
 
@@ -69,30 +71,25 @@ def _is_finished(cli: CLI) -> bool:
 
 def validate(cli: CLI) -> None:
     """Scores a checkpoint on the validation images."""
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path, verbose=False)
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = _metrics(cli)
     say(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
 
 
 def test(cli: CLI) -> None:
-    """Scores a checkpoint on the test images."""
-    assert cli.path is not None
-    _score(cli, cli.path)
-
-
-def _score(cli: CLI, path: Path) -> None:
     """Scores a checkpoint on the test images, writes test.json and prints the accuracy."""
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+    assert cli.path is not None
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = _metrics(cli)
     result = {
         "test_acc": metrics["test_acc"],
         "test_loss": metrics["test_loss"],
         "n": int(metrics["n"]),
-        "ckpt_path": str(path),
+        "ckpt_path": str(cli.path),
         "seed": cli.config.seed_everything,
     }
     if cli.trainer.is_global_zero:
-        folder = runs.folder_of(path) or runs.beside(path)
+        folder = runs.folder_of(cli.path) or runs.beside(cli.path)
         write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
 
@@ -105,19 +102,18 @@ def predict(cli: CLI) -> None:
     """Classifies the user's pictures, or the test images."""
     from lenet_pl.apps import predict as app
 
-    batches: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path)
+    batches: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule)
     app.write(Path(cli.config.output or "."), cli.datamodule, torch.cat(batches))
 
 
-def report(cli: CLI, path: Path | None = None) -> None:
+def report(cli: CLI) -> None:
     """Writes report.html and its pictures, for which a checkpoint is enough."""
     from lenet_pl.apps import report as app
 
-    path = path or cli.path
-    assert path is not None
+    assert cli.path is not None
     if cli.trainer.is_global_zero:
         cli.model.to(cli.trainer.strategy.root_device)
-        say(f"report: {one_line(app.write(path, cli.model, cli.datamodule))}")
+        say(f"report: {one_line(app.write(cli.path, cli.model, cli.datamodule))}")
 
 
 def export(cli: CLI) -> None:

@@ -1,8 +1,8 @@
-"""An optimizer step as one CUDA graph.
+"""The optimizer steps of a block as one CUDA graph.
 
 A step of LeNet-5 is some 58 kernels. A GPU runs them in a quarter of a millisecond, but Python takes ten times as long
-to launch them one after the other. A CUDA graph launches all of them at once. The kernels and their order stay the
-same, and so do the weights, to the bit where torch is deterministic.
+to launch them one after the other. A CUDA graph launches those of a whole block at once. The kernels and their order
+stay the same, and so do the weights, to the bit where torch is deterministic.
 """
 
 from collections.abc import Callable
@@ -16,68 +16,73 @@ from torch.optim.adam import Adam, adam
 PIECE = 4096
 
 
-class StepGraph:
-    """Takes optimizer steps, the first one as usual and later ones of the same shape by replaying a graph.
+class BlockGraph:
+    """Takes the steps of a block: of the first block of its shape as usual, and of later ones by replaying a graph.
 
     Args:
         optimizer: Fused Adam with one parameter group, which has taken a step before.
-        forward: Returns the outputs ``[B, …]`` and the mean loss of a mini-batch.
+        forward: Returns the outputs ``[B, …]`` and the mean loss of a mini-batch of B samples.
         compiled: Whether torch.compile may fuse kernels: faster, after half a minute, and equal within tolerance only.
     """
 
     def __init__(self, optimizer: Adam, forward: Callable[[Any], Any], compiled: bool) -> None:
-        self.optimizer, self.forward = optimizer, forward
-        self.fast_forward = forward
+        self.optimizer, self.forward, self.fast_forward = optimizer, forward, forward
         self.update: Callable[..., None] = adam
         self.fused = not compiled
         if compiled:
             options: Any = {"combo_kernels": True}  # one kernel for many small tensors
             self.fast_forward = torch.compile(forward, dynamic=False, options=options)
             self.update = torch.compile(adam, dynamic=False, options=options)
-        group = optimizer.param_groups[0]
-        self.lr = torch.zeros((), device=group["params"][0].device)  # a graph reads it at each replay
-        states = [optimizer.state[parameter] for parameter in group["params"]]
-        self.parameters = group["params"]
+        self.parameters = optimizer.param_groups[0]["params"]
+        states = [optimizer.state[parameter] for parameter in self.parameters]
         self.moments = [_pieces([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")]
         self.weights = _pieces([parameter.detach() for parameter in self.parameters])
-        self.steps = [states[0]["step"].clone() for _ in self.weights]  # each piece counts by itself
+        self.counts = [states[0]["step"].clone() for _ in self.weights]  # each piece counts its steps by itself
         place = 0
         for state in states:  # what a checkpoint saves is the count of a parameter's first piece
-            state["step"] = self.steps[place]
+            state["step"] = self.counts[place]
             place += len(_pieces([state["exp_avg"]]))
-        self.batch: list[Tensor] | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        # The graph, its inputs and its results for each shape of a block, such as (32, 32, 24); None after the first.
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None] = {}
 
-    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Takes a step on a mini-batch; returns its outputs and its loss, without gradients."""
-        self.lr.fill_(self.optimizer.param_groups[0]["lr"])
-        if self.batch is None:  # readies cuDNN and compiles: neither may happen while a graph is recorded
-            self.batch = [tensor.clone() for tensor in batch]
-            return self._step(batch, self.fast_forward)
-        if any(tensor.shape != buffer.shape for tensor, buffer in zip(batch, self.batch, strict=True)):
-            return self._step(batch, self.forward)  # the smaller last one of an epoch
-        for buffer, tensor in zip(self.batch, batch, strict=True):
-            buffer.copy_(tensor)
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records the kernels without running them
-                self.results = self._step(self.batch, self.fast_forward)
-        self.graph.replay()
-        outputs, loss = self.results
-        return outputs.clone(), loss.clone()  # the next replay writes over them
+    def __call__(self, block: list[Any], rates: list[float]) -> list[Tensor]:
+        """Takes a step on each mini-batch with its learning rate; returns what ``blocks.run`` returns."""
+        shape = tuple(len(batch[0]) for batch in block)
+        fields = [torch.cat(field) for field in zip(*block, strict=True)]  # such as all images and all labels
+        inputs = [*fields, torch.tensor(rates).to(fields[0].device, non_blocking=True)]
+        if shape not in self.graphs:  # readies cuDNN and compiles: neither may happen while a graph is recorded
+            self.graphs[shape] = None
+            return self._steps(shape, inputs)
+        recorded = self.graphs[shape]
+        if recorded is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records the kernels without running them
+                results = self._steps(shape, inputs)
+            recorded = self.graphs[shape] = (graph, inputs, results)
+        graph, buffers, results = recorded
+        for buffer, value in zip(buffers, inputs, strict=True):
+            buffer.copy_(value)
+        graph.replay()
+        return [result.clone() for result in results]  # the next replay writes over them
 
-    def _step(self, batch: Any, forward: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
-        torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
-        outputs, loss = forward(batch)
-        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
-        group = self.optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
-        names = ("weight_decay", "eps", "amsgrad", "maximize", "decoupled_weight_decay")
-        options = {name: group[name] for name in names} | {"beta1": beta1, "beta2": beta2, "lr": self.lr}
-        options |= {"fused": self.fused, "foreach": not self.fused, "capturable": True}
-        with torch.no_grad():
-            self.update(self.weights, _pieces(gradients), *self.moments, [], self.steps, **options)
-        return outputs.detach(), loss.detach()
+    def _steps(self, shape: tuple[int, ...], inputs: list[Tensor]) -> list[Tensor]:
+        *fields, rates = inputs
+        results = []
+        for rate, *batch in zip(rates, *(field.split(shape) for field in fields), strict=True):
+            torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
+            is_last = len(batch[0]) < shape[0]  # the smaller last one of an epoch is not worth a compilation
+            outputs, loss = (self.forward if is_last else self.fast_forward)(batch)
+            gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
+            group = self.optimizer.param_groups[0]
+            beta1, beta2 = group["betas"]
+            names = ("weight_decay", "eps", "amsgrad", "maximize", "decoupled_weight_decay")
+            options = {name: group[name] for name in names} | {"beta1": beta1, "beta2": beta2, "lr": rate}
+            options |= {"fused": self.fused, "foreach": not self.fused, "capturable": True}
+            with torch.no_grad():
+                self.update(self.weights, _pieces(gradients), *self.moments, [], self.counts, **options)
+            results.append((outputs.detach(), loss.detach()))
+        outputs, losses = zip(*results, strict=True)
+        return [torch.cat(outputs), torch.stack(losses)]
 
 
 def _pieces(tensors: list[Tensor]) -> list[Tensor]:

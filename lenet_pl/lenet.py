@@ -1,8 +1,15 @@
-"""The network: the article's LeNet-5 and the 1998 original, in plain torch."""
+"""The network: the article's LeNet-5 and the 1998 original, in plain torch.
+
+In training it may be richer than LeNet-5: :func:`fold` then makes a plain LeNet-5 of it that computes the same.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils.parametrize import register_parametrization
 
 
 class Conv2d(nn.Conv2d):
@@ -17,6 +24,25 @@ class Conv2d(nn.Conv2d):
             return super().forward(x)
         weight = self.weight.to(memory_format=torch.channels_last)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class ComposedKernel(nn.Module):
+    """Makes a 5×5 kernel by composing two 3×3 kernels, with four times as many channels between them as on either side.
+
+    The net computes with the 5×5 kernel, and Adam trains the two others. They have more weights than it has, which
+    makes the training better (Guo, Alvarez & Salzmann, "ExpandNets", 2020). This is a parametrization of torch.
+    """
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Returns the kernel ``[O, I, 5, 5]`` of ``[M, I, 3, 3]`` followed by ``[O, M, 3, 3]``."""
+        return F.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=2).transpose(0, 1)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws the two kernels, orthogonal ones. Of ``weight`` only the shape matters."""
+        outputs, inputs = weight.shape[:2]
+        between = 4 * max(outputs, inputs)
+        first, second = weight.new_empty(between, inputs, 3, 3), weight.new_empty(outputs, between, 3, 3)
+        return nn.init.orthogonal_(first, 2**0.5), nn.init.orthogonal_(second)
 
 
 class AvgPool2d(nn.AvgPool2d):
@@ -54,12 +80,21 @@ class LeNet5(nn.Module):
         dropout: Probability of zeroing an activation after each of the two hidden linear layers, 0 ≤ p < 1.
         init: First weights: ``"uniform"``, which is PyTorch's default, or ``"orthogonal"`` with gain √2 and zero biases
             (Saxe, McClelland & Ganguli 2014), where no two filters begin alike.
+        batch_norm: Whether to normalise batches (Ioffe & Szegedy 2015) after each layer with weights but the last.
+        composed_kernels: Whether each kernel is composed of two, see :class:`ComposedKernel`.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, variant: str = "article", dropout: float = 0.0, init: str = "uniform") -> None:
+    def __init__(
+        self,
+        variant: str = "article",
+        dropout: float = 0.0,
+        init: str = "uniform",
+        batch_norm: bool = False,
+        composed_kernels: bool = False,
+    ) -> None:
         super().__init__()
         if variant not in ("article", "classic"):
             raise ValueError(f"variant={variant!r}: expected 'article' or 'classic'")
@@ -67,6 +102,7 @@ class LeNet5(nn.Module):
             raise ValueError(f"dropout={dropout}: expected a probability from 0 to below 1, such as 0.1")
         if init not in ("uniform", "orthogonal"):
             raise ValueError(f"init={init!r}: expected 'uniform' or 'orthogonal'")
+        self.variant, self.is_plain = variant, not (batch_norm or composed_kernels)
         article = variant == "article"
         side = 7 if article else 5
 
@@ -97,6 +133,12 @@ class LeNet5(nn.Module):
                     nn.init.orthogonal_(parameter, 2**0.5)
                 else:
                     nn.init.zeros_(parameter)
+        if batch_norm:
+            self.features, self.classifier = _with_batch_norm(self.features), _with_batch_norm(self.classifier)
+        if composed_kernels:
+            for layer in self.features:
+                if isinstance(layer, nn.Conv2d):
+                    register_parametrization(layer, "weight", ComposedKernel())
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies normalised images.
@@ -111,15 +153,46 @@ class LeNet5(nn.Module):
         return logits
 
 
-def layers(net: LeNet5) -> list[tuple[str, str, int]]:
-    """Returns each layer's kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters."""
-    training, rows = net.training, []
-    weight = next(net.parameters())
-    x = torch.zeros(1, 1, 28, 28, device=weight.device, dtype=weight.dtype)
-    net.eval()  # so that dropout draws no random numbers
+def _with_batch_norm(layers: nn.Sequential) -> nn.Sequential:
+    result: list[nn.Module] = []
+    for layer in layers:
+        result.append(layer)
+        if isinstance(layer, nn.Conv2d):
+            result.append(nn.BatchNorm2d(layer.out_channels))
+        elif isinstance(layer, nn.Linear) and layer is not layers[-1]:
+            result.append(nn.BatchNorm1d(layer.out_features))
+    return nn.Sequential(*result)
+
+
+def fold(net: LeNet5) -> LeNet5:
+    """Returns a plain LeNet-5 in evaluation mode that computes what ``net`` computes in evaluation mode.
+
+    A composed kernel becomes the 5×5 kernel. Batch normalisation, which after the training is a scale and an offset for
+    each channel, becomes part of the weights and the bias before it.
+    """
+    weights: list[Any] = []  # the weight and bias of each layer
     for layer in (*net.features, *net.classifier):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            fuse: Any = fuse_linear_bn_weights if isinstance(layer, nn.BatchNorm1d) else fuse_conv_bn_weights
+            statistics = (layer.running_mean, layer.running_var, layer.eps)
+            weights[-1] = fuse(*weights[-1], *statistics, layer.weight, layer.bias)
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            weights.append((layer.weight, layer.bias))
+    with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
+        plain = LeNet5(net.variant).eval()
+    places = (layer for layer in (*plain.features, *plain.classifier) if isinstance(layer, nn.Conv2d | nn.Linear))
+    for layer, (weight, bias) in zip(places, weights, strict=True):
+        layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return plain
+
+
+def layers(net: LeNet5) -> list[tuple[str, str, int]]:
+    """Returns kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters of the plain net's layers."""
+    plain, rows = fold(net), []
+    weight = next(plain.parameters())
+    x = torch.zeros(1, 1, 28, 28, device=weight.device, dtype=weight.dtype)
+    for layer in (*plain.features, *plain.classifier):
         x = layer(x)
         shape = ", ".join(["N", *map(str, x.shape[1:])])
         rows.append((type(layer).__name__, f"[{shape}]", sum(p.numel() for p in layer.parameters())))
-    net.train(training)
     return rows

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lenet_pl import blocks, checkpoint, runs
 from lenet_pl.errors import UsageError
-from lenet_pl.lenet import LeNet5
+from lenet_pl.lenet import LeNet5, fold
 from lenet_pl.loader import Batch, seed_of, training_seed
 
 
@@ -27,6 +27,8 @@ class LitLeNet(LightningModule):
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
         dropout: Dropout after the two hidden linear layers, 0 ≤ p < 1.
         init: First weights: ``"uniform"``, which is PyTorch's default, or ``"orthogonal"``, see ``LeNet5``.
+        batch_norm: Whether to normalise batches in training, see ``LeNet5``. Each process uses its own mini-batches.
+        composed_kernels: Whether to compose the kernels of two in training, see ``LeNet5``.
         lr: Adam's learning rate, above 0. A one-cycle schedule has its peak there.
         weight_decay: Decoupled weight decay (Loshchilov & Hutter 2019), at least 0.
         schedule: ``"constant"``, or ``"one_cycle"`` (Smith & Topin 2017), a straight line up to ``lr`` and one down.
@@ -45,6 +47,8 @@ class LitLeNet(LightningModule):
         variant: Literal["article", "classic"] = "article",
         dropout: float = 0.0,
         init: Literal["uniform", "orthogonal"] = "uniform",
+        batch_norm: bool = False,
+        composed_kernels: bool = False,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: Literal["constant", "one_cycle"] = "constant",
@@ -64,7 +68,7 @@ class LitLeNet(LightningModule):
                 raise UsageError(f"model.{name}={value!r}: expected {expected}")
         self.save_hyperparameters()
         try:
-            self.net = LeNet5(variant, dropout, init)
+            self.net = LeNet5(variant, dropout, init, batch_norm, composed_kernels)
         except ValueError as error:
             raise UsageError(f"model.{error}") from None
         self.metrics: Any = nn.ModuleDict()
@@ -79,13 +83,18 @@ class LitLeNet(LightningModule):
 
         It takes images that ``normalise`` in loader.py has scaled with mean 0.2860 and standard deviation 0.3530.
         """
-        content = checkpoint.load(runs.PRETRAINED)
+        return cls.of(checkpoint.load(runs.PRETRAINED))
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "LitLeNet":
+        """Returns the net of a checkpoint's content, folded into the plain LeNet-5, in evaluation mode."""
         model = cls(**content["hyper_parameters"])
         model.load_state_dict(content["state_dict"])
+        model.net = fold(model.net)
         return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classifies normalised images.
+        """Classifies normalised images, in evaluation mode by the plain LeNet-5.
 
         Args:
             images: Float images, ``[B, 1, 28, 28]``.
@@ -93,7 +102,8 @@ class LitLeNet(LightningModule):
         Returns:
             Logits, ``[B, 10]``.
         """
-        logits: Tensor = self.net(images)
+        net = self.net if self.training or self.net.is_plain else fold(self.net)
+        logits: Tensor = net(images)
         return logits
 
     def setup(self, stage: str) -> None:

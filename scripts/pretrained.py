@@ -3,13 +3,14 @@
     python -m lenet_pl fit --config best --seed_everything 0
     python scripts/pretrained.py runs/best/version_0/checkpoints/last.ckpt
 
-The file holds what is needed to score the net. It leaves out the optimizer and Lightning's own state.
+The file holds the plain LeNet-5 and what is needed to score it. It leaves out the optimizer, and what the recipe adds
+to the net for training.
 """
 
 import sys
 from pathlib import Path
 
-from lenet_pl import checkpoint, runs
+from lenet_pl import LitLeNet, checkpoint, runs
 
 KEPT = [
     "state_dict",
@@ -27,6 +28,8 @@ def main(path: Path) -> None:
     """Writes the package's file from the checkpoint ``path``."""
     content = checkpoint.load_ours(path, resume=False)
     kept = {name: content[name] for name in KEPT}
+    kept["state_dict"] = LitLeNet.of(content).state_dict()
+    kept["hyper_parameters"] |= {"batch_norm": False, "composed_kernels": False}
     checkpoint.AtomicCheckpointIO().save_checkpoint(kept, runs.PRETRAINED)
     print(f"{runs.PRETRAINED}: {runs.PRETRAINED.stat().st_size / 1000:,.0f} kB")
 
