@@ -38,8 +38,9 @@ class Recorded:
 def test_its_steps_are_those_of_adam(monkeypatch, decay, batch_norm):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
-    # The rates are rounded. With batch norm the gradients of biases are rounding errors, which Adam blows up.
-    close = {"rtol": 1e-2, "atol": 1e-2} if batch_norm else {"rtol": 1e-4, "atol": 1e-4}
+    close = {"rtol": 1e-4, "atol": 1e-4}  # the rates are rounded
+    # With batch norm the gradients of biases are rounding errors. Adam blows them up, so the rate is small here.
+    rate = 1e-5 if batch_norm else 1e-3
     torch.manual_seed(0)
     net = LeNet5(batch_norm=batch_norm)
     other = LeNet5(batch_norm=batch_norm)
@@ -66,11 +67,11 @@ def test_its_steps_are_those_of_adam(monkeypatch, decay, batch_norm):
             tensor.zero_()
     Recorded.owner = BlockGraph(ours, forward_of(net), compiled=False)
     for sizes in 4 * [(8, 8, 8), (8, 5)]:  # usual, recorded, replayed, replayed
-        block, rates = images(sizes), [0.001 * (1 + k) for k in range(len(sizes))]
+        block, rates = images(sizes), [rate * (1 + k) for k in range(len(sizes))]
         outputs, losses = Recorded.owner(block, rates)
         expected = []
-        for batch, rate in zip(block, rates, strict=True):
-            theirs.param_groups[0]["lr"] = rate
+        for batch, lr in zip(block, rates, strict=True):
+            theirs.param_groups[0]["lr"] = lr
             logits, loss = forward_of(other)(batch)
             theirs.zero_grad()
             loss.backward()
@@ -81,9 +82,8 @@ def test_its_steps_are_those_of_adam(monkeypatch, decay, batch_norm):
         torch.testing.assert_close(losses, torch.stack(expected_losses), **close)
     replayed = [recorded[0].runs for recorded in Recorded.owner.graphs.values()]
     assert replayed == [2, 2]
-    if not batch_norm:
-        for a, b in zip(net.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(a, b, **close)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **close)
     states = [optimizer.state_dict()["state"] for optimizer in (ours, theirs)]
     assert {int(state["step"]) for state in states[0].values()} == {int(state["step"]) for state in states[1].values()}
 
