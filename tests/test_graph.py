@@ -16,6 +16,7 @@ from lenet_pl.graph import BlockGraph
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA")
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 3)
 RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2, "--model.schedule", "one_cycle")
+RICH += ("--model.batch_norm", "true", "--model.composed_kernels", "true")
 EXACT = ("--trainer.deterministic", "true")
 
 

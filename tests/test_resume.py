@@ -28,6 +28,7 @@ EPOCHS, STEPS = 3, 34
 RICH = ["--data.val_size", "60", "--data.batch_size", "8", "--trainer.max_epochs", str(EPOCHS)]
 RICH += ["--data.flip", "true", "--data.shift", "1", "--model.dropout", "0.2"]
 RICH += ["--model.schedule", "one_cycle", "--model.lr", "0.01"]
+RICH += ["--model.batch_norm", "true", "--model.composed_kernels", "true"]
 RUN = Path("runs/lenet/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
 SMALL = RICH[:6]

@@ -12,6 +12,7 @@ from lenet_pl import FashionMNISTDataModule, LitLeNet
 
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 2)
 RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2)
+RICHER = ("--model.batch_norm", "true", "--model.composed_kernels", "true", "--model.init", "orthogonal")
 
 
 def rows(folder):
@@ -22,7 +23,7 @@ def rows(folder):
 @pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
 def test_block_size_changes_nothing(cli, workdir, schedule):
     for k in (1, 7, 50):  # 34 steps an epoch: no multiple of 7, less than 50; the last mini-batch has 6 images
-        args = (*TINY, *RICH, "--model.schedule", schedule, "--data.steps_per_execution", k, "--name", f"k{k}")
+        args = (*TINY, *RICH, *RICHER, "--model.schedule", schedule, "--data.steps_per_execution", k, "--name", f"k{k}")
         code, _, err = cli("fit", *args)
         assert code == 0, err
     runs = [workdir / f"runs/k{k}/version_0" for k in (1, 7, 50)]
