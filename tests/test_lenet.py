@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from lenet_pl import LeNet5
+from lenet_pl import FashionMNISTDataModule, LeNet5
+from lenet_pl.lenet import ComposedKernel, fold
+from lenet_pl.loader import normalise
 
 
 @pytest.mark.parametrize(("variant", "parameters"), [("article", 107_786), ("classic", 61_706)])
@@ -60,3 +63,55 @@ def test_orthogonal_weights():
         else:
             rows = parameter.flatten(1)  # never more rows than columns
             torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), atol=1e-5, rtol=0)
+
+
+def trained(images: torch.Tensor, **arguments: object) -> LeNet5:
+    """Takes some steps, so that no batch statistics and no weight are those of the start."""
+    torch.manual_seed(0)
+    net = LeNet5(init="orthogonal", **arguments)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for batch in images.split(100)[:20]:
+        optimizer.zero_grad()
+        F.cross_entropy(net(batch), torch.arange(len(batch)) % 10).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize(("variant", "parameters"), [("article", 107_786), ("classic", 61_706)])
+@pytest.mark.parametrize(("batch_norm", "composed"), [(True, False), (False, True), (True, True)])
+def test_a_richer_net_folds_into_the_plain_one(variant, parameters, batch_norm, composed):
+    images = torch.randn(1000, 1, 28, 28)
+    net = trained(images, variant=variant, batch_norm=batch_norm, composed_kernels=composed)
+    plain = LeNet5(variant).eval()
+    plain.load_state_dict(fold(net).state_dict())
+    assert sum(p.numel() for p in net.parameters()) > sum(p.numel() for p in plain.parameters()) == parameters
+    torch.testing.assert_close(plain(images), net(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.data
+def test_folding_keeps_the_logits_of_all_test_images(real_data):
+    data = FashionMNISTDataModule()
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    train = normalise(data.train_set[0][:2000], data.mean, data.std)
+    net = trained(train, batch_norm=True, composed_kernels=True)
+    plain = fold(net)
+    with torch.inference_mode():
+        for images in normalise(data.test_set[0], data.mean, data.std).split(1000):
+            torch.testing.assert_close(plain(images), net(images), atol=1e-5, rtol=0)
+
+
+def test_folding_draws_no_random_numbers():
+    torch.manual_seed(0)
+    net = LeNet5(batch_norm=True, composed_kernels=True)
+    state = torch.get_rng_state()
+    fold(net)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_composed_kernel_is_that_of_two_convolutions():
+    images, first, second = torch.randn(2, 3, 12, 12), torch.randn(8, 3, 3, 3), torch.randn(4, 8, 3, 3)
+    kernel = ComposedKernel()(first, second)
+    torch.testing.assert_close(
+        F.conv2d(images, kernel), F.conv2d(F.conv2d(images, first), second), rtol=1e-4, atol=1e-4
+    )

@@ -1,11 +1,12 @@
 """Training gives the same weights to the bit for every block size, and those of a plain PyTorch loop."""
 
 import csv
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same, weights
+from conftest import TEST, same, weights
 from lightning.pytorch import Trainer, seed_everything
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet
@@ -34,6 +35,31 @@ def test_block_size_changes_nothing(cli, workdir, schedule):
             assert same(states[0][key], state[key]), key
         for one, other in zip(rows(runs[0]), rows(run), strict=True):
             assert {k: float(v) for k, v in one.items()} == pytest.approx({k: float(v) for k, v in other.items()})
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("flags", [(), RICHER])
+def test_a_checkpoint_scores_the_same_everywhere(cli, workdir, flags):
+    lr = ("--model.lr", 0.02, "--trainer.max_epochs", 4)  # so large that the last epoch is not the best
+    assert cli("fit", *TINY, *RICH, *flags, *lr)[0] == 0
+    run = workdir / "runs/lenet/version_0"
+    epochs = [torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")]
+    assert epochs[0] < epochs[1]
+    score = (run / "test.json").read_text()
+    accuracy = f"{json.loads(score)['test_acc']:.2%}"
+    assert f"{accuracy}" in (run / "report.html").read_text("utf-8")
+    (run / "test.json").unlink()
+    assert f"Test accuracy: {accuracy}" in cli("test")[1]
+    assert (run / "test.json").read_text() == score
+    best = rows(run)[epochs[0]]
+    assert f"val_acc {float(best['val_acc']):.2%}  val_loss {float(best['val_loss']):.4f}" in cli("validate")[1]
+    code, out, err = cli("export")
+    assert code == 0, err
+    assert f"Test accuracy: {accuracy}" in out
+    assert cli("predict")[0] == 0
+    with (workdir / "predictions.csv").open(newline="") as file:
+        predicted = list(csv.DictReader(file))
+    assert len(predicted) == TEST
 
 
 def test_another_seed_changes_the_weights(cli, workdir):
