@@ -55,6 +55,7 @@ def test_bfloat16_blocks_use_fresh_weights(cli, workdir):
     [
         (("--trainer.max_steps", 5), 5),
         (("--trainer.limit_train_batches", 3), 6),
+        (("--trainer.limit_train_batches", 1), 2),  # one batch, not 100 per cent
         (("--trainer.overfit_batches", 2), 4),
         (("--trainer.accumulate_grad_batches", 2), 34),
         (("--trainer.gradient_clip_val", 0.5), 68),
