@@ -24,8 +24,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.optim.adam import Adam, adam
 
+from lenet_pl import adam
 from lenet_pl.graph import StepGraph
 
 # The hooks whose names begin so see each batch or step, or change what a step does.
@@ -52,14 +52,14 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
     """Decides how many optimizer steps one Lightning step runs, and prepares trainer and module for it.
 
     A datamodule calls this when it makes a loader. Where something in the training looks at single steps, a line says
-    what it is, and the answer is 1.
+    what it is.
 
     Args:
         trainer: The trainer that will run the loader; None for a loop by hand, which gets plain batches.
         wanted: Optimizer steps that are asked for, at least 1.
 
     Returns:
-        ``wanted`` or 1.
+        ``wanted``, or 1 where single steps are needed.
     """
     if trainer is None or not getattr(trainer.lightning_module, "takes_blocks", False):
         return 1
@@ -155,15 +155,13 @@ def run(
     Returns:
         The outputs of all mini-batches, one below the other, and their losses, ``[K]``; both without gradients.
     """
-    trainer, optimizer = module.trainer, module.optimizers(use_pl_optimizer=False)
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    groups = optimizer.param_groups
-    plain = trainer.world_size == 1 and len(groups) == 1 and not groups[0].get("amsgrad")
+    trainer = module.trainer
     epoch_loop = trainer.fit_loop.epoch_loop
+    optimizer: Any = module.optimizers(use_pl_optimizer=False)
     all_outputs, losses = [], []
     for batch in block:
-        if not (isinstance(optimizer, Adam) and plain and optimizer.state):
-            # The first step makes Adam's state; several processes sum their gradients in Lightning's backward.
+        if trainer.world_size > 1 or not adam.is_ready(optimizer):
+            # Several processes sum their gradients in Lightning's backward.
             outputs, loss = forward(batch)
             optimizer.zero_grad()
             module.manual_backward(loss)
@@ -172,51 +170,18 @@ def run(
         elif module.device.type == "cuda":
             module.on_before_optimizer_step(optimizer)
             if not hasattr(optimizer, "graph"):
-                optimizer.graph = StepGraph(optimizer, forward, compiled)  # type: ignore[attr-defined]
-            outputs, loss = optimizer.graph(batch)  # type: ignore[attr-defined]
+                optimizer.graph = StepGraph(optimizer, forward, compiled)
+            outputs, loss = optimizer.graph(batch)
         else:
             outputs, loss = forward(batch)
             module.on_before_optimizer_step(optimizer)
-            adam_step(optimizer, loss)
+            adam.step(optimizer, loss)
         epoch_loop.manual_optimization.optim_step_progress.total.increment_by(1)
         torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the step
         all_outputs.append(outputs.detach())
         losses.append(loss.detach())
     epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
     return torch.cat(all_outputs), torch.stack(losses)
-
-
-@torch.no_grad()
-def adam_step(optimizer: Adam, loss: Tensor) -> None:
-    """Does what ``zero_grad``, ``backward`` and ``step`` do from the second step on, to the bit.
-
-    It calls the function that ``Adam.step`` calls. What is saved is the search for parameters, states and gradients
-    around it: a seventh of an epoch of ``lenet.yaml`` on a CPU.
-
-    Args:
-        optimizer: Has one parameter group, without ``amsgrad``, and has taken a step before.
-        loss: A scalar with a graph.
-    """
-    group = optimizer.param_groups[0]
-    states = [optimizer.state[parameter] for parameter in group["params"]]
-    gradients = []
-    for parameter, gradient in zip(group["params"], torch.autograd.grad(loss, group["params"]), strict=True):
-        if gradient.stride() != parameter.stride():  # fused Adam reads both as they lie in memory
-            gradient = torch.empty_like(parameter).copy_(gradient)
-        gradients.append(gradient)
-    beta1, beta2 = group["betas"]
-    options = ("foreach", "fused", "decoupled_weight_decay", "amsgrad", "lr", "weight_decay", "eps", "maximize")
-    adam(
-        group["params"],
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        beta1=beta1,
-        beta2=beta2,
-        **{name: group[name] for name in options},
-    )
 
 
 def within_epoch(checkpoint: dict[str, Any]) -> bool:

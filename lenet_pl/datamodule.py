@@ -2,6 +2,7 @@
 
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -116,28 +117,23 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks."""
-        rank, world = self._process
         return TrainLoader(
-            *self._on_device(self.train_set),
+            **self._shared_arguments(self.train_set),
             batch_size=self.batch_size,
-            mean=self.mean,
-            std=self.std,
             seed=self.seed,
             flip=self.flip,
             max_shift=self.shift,
             steps_per_block=blocks.prepare(self.trainer, self.steps_per_execution),
             shuffle=not (self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
-            rank=rank,
-            world=world,
         )
 
     def val_dataloader(self) -> EvalLoader:
         """Returns the validation batches."""
-        return EvalLoader(*self._on_device(self.val_set), self.mean, self.std, *self._process)
+        return EvalLoader(**self._shared_arguments(self.val_set))
 
     def test_dataloader(self) -> EvalLoader:
         """Returns the test batches. All processes together see every image once."""
-        return EvalLoader(*self._on_device(self.test_set), self.mean, self.std, *self._process)
+        return EvalLoader(**self._shared_arguments(self.test_set))
 
     def predict_dataloader(self) -> EvalLoader | DataLoader[Path]:
         """Returns batches of the user's pictures, with black for an unreadable one, or by default the test batches."""
@@ -145,17 +141,20 @@ class FashionMNISTDataModule(LightningDataModule):
             return self.test_dataloader()
         return DataLoader(self.files, batch_size=EVAL_BATCH_SIZE, collate_fn=self._load_pictures)  # type: ignore[arg-type]
 
-    def _on_device(self, images_and_labels: Batch | None) -> Batch:
-        """Moves images and labels to the trainer's device, where they need at most 47 MB."""
+    def _shared_arguments(self, images_and_labels: Batch | None) -> dict[str, Any]:
+        """Returns what both loaders take. On the trainer's device the images need at most 47 MB."""
         assert images_and_labels is not None, "call setup() first"
         images, labels = images_and_labels
-        device = self.trainer.strategy.root_device if self.trainer else "cpu"
-        return images.to(device), labels.to(device)
-
-    @property
-    def _process(self) -> tuple[int, int]:
-        """The number of this process, from 0, and the number of all."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        trainer = self.trainer
+        device = trainer.strategy.root_device if trainer else "cpu"
+        return {
+            "images": images.to(device),
+            "labels": labels.to(device),
+            "mean": self.mean,
+            "std": self.std,
+            "rank": trainer.global_rank if trainer else 0,
+            "world": trainer.world_size if trainer else 1,
+        }
 
     def first_images(self, n: int) -> Batch:
         """Returns the first n training images of the first epoch, uint8, ``[n, 1, 28, 28]``, and their labels."""

@@ -50,6 +50,20 @@ def test_bfloat16_blocks_use_fresh_weights(cli, workdir):
     assert same(first, second)
 
 
+def test_a_frozen_layer_stays_as_it_is(workdir):
+    states = []
+    for k in (1, 50):
+        seed_everything(0)
+        data, model = FashionMNISTDataModule(batch_size=8, val_size=60, steps_per_execution=k), LitLeNet()
+        frozen = next(model.net.parameters()).requires_grad_(False)
+        before = frozen.clone()
+        trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer.fit(model, data)
+        assert torch.equal(frozen, before)
+        states.append(model.net.state_dict())
+    assert same(*states)
+
+
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
