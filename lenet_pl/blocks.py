@@ -12,7 +12,7 @@ To use it in another project:
 2. The LightningModule sets ``takes_blocks = True`` and its ``training_step`` hands a ``Block`` to :func:`run`.
 
 Private names of Lightning stand in this file alone. Lightning does not count the steps of a bare optimizer (its issue
-17281), and keeps one count for automatic and one for manual optimization (pull request 11848): here both share one.
+17281), and keeps one count for automatic and one for manual optimization (pull request 11848): here they are one.
 ``_batches_that_stepped`` is the step that loggers show (issue 11805).
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from lenet_pl import adam
 from lenet_pl.graph import StepGraph
 
-# The hooks whose names begin so see each batch or step, or change what a step does.
+# Hooks whose names begin like this see each batch or step, or can change what a step does.
 _STEP_HOOKS = (
     "backward",
     "configure_gradient_clipping",
@@ -73,8 +73,8 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
     manual.optim_step_progress.total = automatic.optim_progress.optimizer.step.total
     epoch: Any = loop.epoch_progress.current
     if epoch.processed == epoch.started:
-        # A run that resumes after a finished epoch starts the next one afresh. Where max_steps ends the training,
-        # Lightning would first go through the old one again, without a batch (``restarting`` of its fit loop).
+        # A run that resumes after a finished epoch starts the next one afresh. Lightning sees to that, except where
+        # max_steps ends the training: there it would first go through the old epoch again, without a batch.
         loop._restarting = loop.epoch_loop.restarting = False
     return steps
 
@@ -104,14 +104,15 @@ def _objection(trainer: Trainer) -> str | None:
         hook = _overridden_hook(callback, Callback)
         if hook and not _ignores_steps(callback):
             return f"{type(callback).__name__} looks at single steps ({hook})"
-    module = trainer.lightning_module
-    if hook := _overridden_hook(module, LightningModule, _ALLOWED_IN_MODULES):
-        return f"{type(module).__name__} overrides {hook}"
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    for piece, base in ((module, LightningModule), (data, LightningDataModule)):
+        if piece and (hook := _overridden_hook(piece, base, _ALLOWED_IN_MODULES)):
+            return f"{type(piece).__name__} overrides {hook}"
     return None
 
 
 def _overridden_hook(piece: Any, base: type, allowed: tuple[str, ...] = ()) -> str | None:
-    """Returns the first step hook that a callback or a module overrides, or None."""
+    """Returns the first step hook that a callback, a module or a datamodule overrides, or None."""
     hooks = [name for name in dir(base) if name.startswith(_STEP_HOOKS) and name not in allowed]
     for hook in hooks:
         own = getattr(piece, hook)  # LambdaCallback sets its hooks on the instance

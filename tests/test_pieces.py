@@ -169,6 +169,17 @@ def test_a_module_that_looks_at_batches_after_their_transfer(workdir, capsys):
     assert "because Mine overrides on_after_batch_transfer" in out
 
 
+def test_a_datamodule_that_looks_at_batches_after_their_transfer(workdir, capsys):
+    class Mirrored(FashionMNISTDataModule):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            images, labels = batch
+            return images.flip(-1), labels
+
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(LitLeNet(), Mirrored(batch_size=8, val_size=60))
+    assert "because Mirrored overrides on_after_batch_transfer" in capsys.readouterr().out
+
+
 def test_one_module_trains_with_blocks_and_without_in_turn(workdir, capsys):
     module = LitLeNet()
     fit([], capsys, module)
