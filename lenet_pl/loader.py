@@ -1,4 +1,4 @@
-"""The batches of an epoch: order, augmentation, normalisation. This module takes tensors and plain numbers."""
+"""The batches of an epoch: order, augmentation, normalisation, and the seeds of all that is random."""
 
 import os
 from collections.abc import Iterator
