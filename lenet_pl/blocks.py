@@ -11,51 +11,37 @@ To use it in another project:
    otherwise.
 2. The LightningModule sets ``takes_blocks = True`` and its ``training_step`` hands a ``Block`` to :func:`run`.
 
-This is the file that touches private names of Lightning. Lightning does not count the steps of a bare optimizer (its
-issue 17281), and keeps one count for automatic and one for manual optimization (pull request 11848): both are kept
-equal here. ``_batches_that_stepped`` is the step that loggers show (issue 11805).
+Private names of Lightning stand in this file alone. Lightning does not count the steps of a bare optimizer (its issue
+17281), and keeps one count for automatic and one for manual optimization (pull request 11848): here they are one.
+``_batches_that_stepped`` is the step that loggers show (issue 11805).
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, Timer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.optim.adam import Adam, adam
 
+from lenet_pl import adam
 from lenet_pl.graph import BlockGraph
 
-# A callback that overrides one of these sees, or changes, how single steps are taken.
-_CALLBACK_HOOKS = (
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-)
-# A module that overrides one of these expects Lightning to call it around each step. (``run`` itself calls
-# ``on_before_optimizer_step``.)
-_MODULE_HOOKS = (
+# Hooks whose names begin like this see each batch or step, or can change what a step does.
+_STEP_HOOKS = (
     "backward",
     "configure_gradient_clipping",
     "lr_scheduler_step",
-    "on_after_backward",
-    "on_before_backward",
-    "on_before_batch_transfer",
-    "on_before_zero_grad",
-    "on_train_batch_end",
-    "on_train_batch_start",
-    "optimizer_step",
-    "optimizer_zero_grad",
-    "transfer_batch_to_device",
+    "on_after",
+    "on_before",
+    "on_train_batch",
+    "on_train_epoch_start",
+    "optimizer_",
+    "transfer_batch",
 )
-# These override such a hook only to draw, to look at a clock, or not for training steps.
-_HARMLESS = (ProgressBar, Timer, ModelSummary)
+# A module may override these: ``run`` calls the first, and a module that takes blocks knows what it does in the second.
+_ALLOWED_IN_MODULES = ("on_before_optimizer_step", "on_train_epoch_start")
 
 
 class Block(list[Any]):
@@ -65,48 +51,47 @@ class Block(list[Any]):
 def prepare(trainer: Trainer | None, wanted: int) -> int:
     """Decides how many optimizer steps one Lightning step runs, and prepares trainer and module for it.
 
-    A datamodule calls this when it makes a loader. The answer is 1, and a line says why, where something in the
-    training looks at single batches or steps.
+    A datamodule calls this when it makes a loader. Where something in the training looks at single steps, a line says
+    what it is.
 
     Args:
         trainer: The trainer that will run the loader; None for a loop by hand, which gets plain batches.
         wanted: Optimizer steps that are asked for, at least 1.
 
     Returns:
-        ``wanted`` or 1.
+        ``wanted``, or 1 where single steps are needed.
     """
     if trainer is None or not getattr(trainer.lightning_module, "takes_blocks", False):
         return 1
-    reason = _objection(trainer) if wanted > 1 else None
-    if reason and not trainer.sanity_checking:
+    steps = wanted
+    if wanted > 1 and (reason := _objection(trainer)):
         rank_zero_only(print)(f"steps_per_execution: 1 instead of {wanted}, because {reason}")
-    steps = 1 if reason else wanted
+        steps = 1
     trainer.lightning_module.automatic_optimization = steps == 1
-    automatic, manual = _counts(trainer)
-    done = max(automatic.completed, manual.completed)  # a resumed run may have been counted by the other one
-    for count in (automatic, manual):
-        count.ready = count.completed = done
-    epoch_loop = trainer.fit_loop.epoch_loop
-    if not epoch_loop.batch_progress.current.ready:  # a resumed run starts with a whole epoch
-        epoch_loop.restarting = False
+    loop = trainer.fit_loop
+    automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
+    manual.optim_step_progress.total = automatic.optim_progress.optimizer.step.total
+    epoch: Any = loop.epoch_progress.current
+    if epoch.processed == epoch.started:
+        # A run that resumes after a finished epoch starts the next one afresh. Lightning sees to that, except where
+        # max_steps ends the training: there it would first go through the old epoch again, without a batch.
+        loop._restarting = loop.epoch_loop.restarting = False
     return steps
 
 
 def _objection(trainer: Trainer) -> str | None:
     """Returns what needs to see each step by itself, as the end of a sentence, or None."""
-    module: Any = trainer.lightning_module
-    options = {
-        "max_steps": trainer.max_steps != -1,
-        "min_steps": trainer.min_steps is not None,
-        "limit_train_batches": trainer.limit_train_batches != 1.0,
-        "val_check_interval": trainer.val_check_interval != 1.0,
-        "overfit_batches": trainer.overfit_batches != 0,  # type: ignore[attr-defined]
-        "fast_dev_run": bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
-        "gradient_clip_val": trainer.gradient_clip_val is not None,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+    defaults = {
+        "max_steps": -1,
+        "min_steps": None,
+        "limit_train_batches": 1.0,  # all batches, whereas the integer 1 is one batch
+        "val_check_interval": 1.0,
+        "gradient_clip_val": None,
+        "accumulate_grad_batches": 1,
     }
-    for option, is_set in options.items():
-        if is_set:
+    for option, default in defaults.items():
+        value = getattr(trainer, option)
+        if value != default or type(value) is not type(default):
             return f"trainer.{option} counts or changes single steps"
     if trainer.precision == "16-mixed":
         return "the loss scaler of 16-mixed precision looks at each step"
@@ -116,34 +101,32 @@ def _objection(trainer: Trainer) -> str | None:
     if len(trainer.optimizers) != 1 or trainer.lr_scheduler_configs:
         return "Lightning steps several optimizers, or a scheduler"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hook := _looks_at_steps(callback):
+        hook = _overridden_hook(callback, Callback)
+        if hook and not _ignores_steps(callback):
             return f"{type(callback).__name__} looks at single steps ({hook})"
-    for hook in _MODULE_HOOKS:
-        if getattr(type(module), hook) is not getattr(LightningModule, hook):
-            return f"{type(module).__name__} overrides {hook}"
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    for piece, base in ((module, LightningModule), (data, LightningDataModule)):
+        if piece and (hook := _overridden_hook(piece, base, _ALLOWED_IN_MODULES)):
+            return f"{type(piece).__name__} overrides {hook}"
     return None
 
 
-def _looks_at_steps(callback: Callback) -> str | None:
-    """Returns the first hook by which a callback sees single steps, or None."""
-    if isinstance(callback, _HARMLESS) or getattr(callback, "takes_blocks", False):
-        return None
-    if isinstance(callback, ModelCheckpoint):  # its hook returns at once unless it counts steps or seconds
-        timed = callback._train_time_interval is not None
-        return "on_train_batch_end" if callback._every_n_train_steps or timed else None
-    for hook in _CALLBACK_HOOKS:
-        own = getattr(callback, hook)  # LambdaCallback sets its hooks on the instance
-        if getattr(own, "__func__", own) is not getattr(Callback, hook):
+def _overridden_hook(piece: Any, base: type, allowed: tuple[str, ...] = ()) -> str | None:
+    """Returns the first step hook that a callback, a module or a datamodule overrides, or None."""
+    hooks = [name for name in dir(base) if name.startswith(_STEP_HOOKS) and name not in allowed]
+    for hook in hooks:
+        own = getattr(piece, hook)  # LambdaCallback sets its hooks on the instance
+        if getattr(own, "__func__", own) is not getattr(base, hook):
             return hook
     return None
 
 
-def _counts(trainer: Trainer) -> tuple[Any, Any]:
-    """Returns Lightning's two counts of optimizer steps: of automatic and of manual optimization."""
-    loop = trainer.fit_loop.epoch_loop
-    return loop.automatic_optimization.optim_progress.optimizer.step.total, (
-        loop.manual_optimization.optim_step_progress.total
-    )
+def _ignores_steps(callback: Callback) -> bool:
+    """Says whether a callback does well with blocks, although it overrides a step hook."""
+    if isinstance(callback, ModelCheckpoint):  # its hook returns at once unless it counts steps or seconds
+        return not callback._every_n_train_steps and callback._train_time_interval is None
+    # A progress bar only draws, and a timer only looks at the clock.
+    return isinstance(callback, (ProgressBar, Timer)) or getattr(callback, "takes_blocks", False)
 
 
 def total_steps(trainer: Trainer) -> float:
@@ -173,13 +156,10 @@ def run(
     Returns:
         The outputs of all mini-batches, one below the other, and their losses, ``[K]``; both without gradients.
     """
-    trainer: Any = module.trainer
+    trainer = module.trainer
     optimizer: Any = module.optimizers(use_pl_optimizer=False)
-    groups = optimizer.param_groups
-    # Adam makes its state in the first steps; several processes sum their gradients in Lightning's backward.
-    quick = isinstance(optimizer, Adam) and optimizer.state and trainer.world_size == 1
-    quick = quick and len(groups) == 1 and not groups[0].get("amsgrad")
     trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
+    quick = trainer.world_size == 1 and adam.is_ready(optimizer)  # Lightning sums the gradients of several processes
     if quick and module.device.type == "cuda":
         return _replay(module, optimizer, block, forward, compiled)
     all_outputs, losses = [], []
@@ -190,7 +170,7 @@ def run(
             module.manual_backward(loss)
         module.on_before_optimizer_step(optimizer)
         if quick:
-            adam_step(optimizer, loss)
+            adam.step(optimizer, loss)
         else:
             optimizer.step()
         _count_step(trainer)
@@ -216,64 +196,12 @@ def _replay(
 
 
 def _count_step(trainer: Trainer) -> None:
-    for count in _counts(trainer):
-        count.increment_by(1)
-
-
-@torch.no_grad()
-def adam_step(optimizer: Adam, loss: Tensor) -> None:
-    """Does what ``zero_grad``, ``backward`` and ``step`` do from the second step on, to the bit.
-
-    It calls the function that ``Adam.step`` calls. What is saved is the search for parameters, states and gradients
-    around it: a seventh of an epoch of ``lenet.yaml`` on a CPU.
-
-    Args:
-        optimizer: Has one parameter group, without ``amsgrad``, and has taken a step before.
-        loss: A scalar with a graph.
-    """
-    group = optimizer.param_groups[0]
-    states = [optimizer.state[parameter] for parameter in group["params"]]
-    gradients = []
-    for parameter, gradient in zip(group["params"], torch.autograd.grad(loss, group["params"]), strict=True):
-        if gradient.stride() != parameter.stride():  # fused Adam reads both as they lie in memory
-            gradient = torch.empty_like(parameter).copy_(gradient)
-        gradients.append(gradient)
-    beta1, beta2 = group["betas"]
-    options = ("foreach", "fused", "decoupled_weight_decay", "amsgrad", "lr", "weight_decay", "eps", "maximize")
-    adam(
-        group["params"],
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        beta1=beta1,
-        beta2=beta2,
-        **{name: group[name] for name in options},
-    )
-
-
-def start_at_epoch_end(checkpoint: dict[str, Any]) -> None:
-    """Rewrites Lightning's loop state in a checkpoint of a finished epoch, so that the next epoch starts afresh.
-
-    Lightning would compare the batches that it has seen with those of an epoch, and a batch may now hold another
-    number of steps (Lightning issue 19367). The number of epochs is all that is needed. A checkpoint from within an
-    epoch, such as a user's ``ModelCheckpoint(every_n_train_steps=…)`` writes, keeps Lightning's own meaning.
-
-    Args:
-        checkpoint: What ``Trainer.save_checkpoint`` wrote.
-    """
-    loop = checkpoint["loops"]["fit_loop"]
-    if within_epoch(checkpoint):
-        return
-    for count in loop["epoch_progress"].values():
-        count.update(dict.fromkeys(count, count["processed"]))
-    for name, count in loop["epoch_loop.batch_progress"].items():
-        if name != "total" and isinstance(count, dict):
-            count.update(dict.fromkeys(count, 0))
+    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.increment_by(1)
 
 
 def within_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Says whether a checkpoint was written between two steps of an epoch, and not at its end."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return bool(progress["current"]["ready"]) and not progress["is_last_batch"]
+    """Says whether a checkpoint was written before its epoch was finished, such as after every 100 steps."""
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+    was_cut_short = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # by max_steps
+    return was_cut_short or epoch["processed"] < epoch["started"]

@@ -68,7 +68,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             raise CheckpointError(f"{name} does not exist or is not a file{_REMEDY}")
         with Path(path).open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about foreign files before it raises an error
-            content = torch.load(_verified(file), map_location=map_location, weights_only=True)
+            content: dict[str, Any] = torch.load(_verified(file), map_location=map_location, weights_only=True)
     except CheckpointError:
         raise
     except OSError as error:
@@ -81,16 +81,11 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         line = (str(error) or type(error).__name__).splitlines()[0][:120].rstrip(".")
         raise CheckpointError(f"{name} is damaged, cut off or not a checkpoint: {line}{_REMEDY}") from error
     _require(content, _KEYS, name)
-    fields: dict[str, Any] = content
-    return fields
+    return content
 
 
 def load_ours(path: Path, resume: bool) -> dict[str, Any]:
-    """Calls :func:`load` for a checkpoint of this package.
-
-    Args:
-        path: A local file.
-        resume: Whether a training will resume from it, which needs more than the weights.
+    """Calls :func:`load` for a checkpoint of this package. To ``resume`` a training needs more than the weights.
 
     Raises:
         CheckpointError: As :func:`load`, and if the file lacks what this package writes.

@@ -1,5 +1,6 @@
 """Fashion-MNIST for Lightning: the files, the split into training and validation images, the loaders."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):  # type: ignore[misc]
 class FashionMNISTDataModule(LightningDataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test images of 28×28 grey pixels, ten classes.
 
-    The images stay in memory as bytes, on the training device if they fit there. A whole block of mini-batches is
-    indexed, augmented and normalised at once.
+    The images stay in the memory of the training device, as bytes. A whole block of mini-batches is indexed, augmented
+    and normalised at once.
 
     Args:
         data_dir: Folder with ``FashionMNIST/raw``; the four files are downloaded to it where they are missing.
@@ -60,25 +61,27 @@ class FashionMNISTDataModule(LightningDataModule):
         preprocess: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, low, high in (
-            ("batch_size", batch_size, 1, 60_000),
-            ("val_size", val_size, 0, 59_999),
-            ("split_seed", split_seed, 0, 2**63 - 1),
-            ("steps_per_execution", steps_per_execution, 1, 60_000),
-            ("shift", shift, 0, 27),
-        ):
-            if not low <= value <= high:
-                raise UsageError(f"data.{name}={value}: expected an integer from {low} to {high}")
-        if not abs(mean) < float("inf"):
-            raise UsageError(f"data.mean={mean}: expected a finite number, such as 0.286")
-        if not 0 < std < float("inf"):
-            raise UsageError(f"data.std={std}: expected a finite number above 0, such as 0.353")
         self.save_hyperparameters(ignore=["images", "preprocess"])
+        for name, is_fine, expected in (
+            ("batch_size", 1 <= batch_size <= 60_000, "an integer from 1 to 60000"),
+            ("val_size", 0 <= val_size <= 59_999, "an integer from 0 to 59999"),
+            ("split_seed", 0 <= split_seed < 2**63, f"an integer from 0 to {2**63 - 1}"),
+            ("steps_per_execution", 1 <= steps_per_execution <= 60_000, "an integer from 1 to 60000"),
+            ("mean", isfinite(mean), "a finite number, such as 0.286"),
+            ("std", isfinite(std) and std > 0, "a finite number above 0, such as 0.353"),
+            ("shift", 0 <= shift <= 27, "an integer from 0 to 27"),
+        ):
+            if not is_fine:
+                raise UsageError(f"data.{name}={self.hparams[name]}: expected {expected}")
         self.data_dir, self.batch_size, self.val_size, self.split_seed = data_dir, batch_size, val_size, split_seed
         self.steps_per_execution = steps_per_execution
         self.mean, self.std, self.flip, self.shift = mean, std, flip, shift
         self.preprocess = preprocess
-        self.files = _find_pictures(images) if images else []
+        self.files: list[Path] = []  # the pictures to predict
+        if images:
+            from lenet_pl.apps import pictures  # only predict needs it
+
+            self.files = pictures.find(images)
         self.errors: dict[Path, str] = {}  # the pictures that could not be read, and why
         self.seed = 0  # the training seed; setup sets it
         self.train_set: Batch | None = None  # uint8 images and labels, like the next two
@@ -95,8 +98,8 @@ class FashionMNISTDataModule(LightningDataModule):
         if stage in ("fit", "validate") and self.train_set is None:
             images, labels = self._read(train=True)
             if self.val_size >= len(labels):
-                limit = f"expected less than the {len(labels)} training images"
-                raise UsageError(f"data.val_size={self.val_size}: {limit}")
+                expected = f"expected less than the {len(labels)} training images"
+                raise UsageError(f"data.val_size={self.val_size}: {expected}")
             order = torch.randperm(len(labels), generator=generator(self.split_seed))
             train, val = order[self.val_size :], order[: self.val_size]
             self.train_set, self.val_set = (images[train], labels[train]), (images[val], labels[val])
@@ -114,28 +117,23 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks."""
-        trainer = self.trainer
         return TrainLoader(
-            *self._placed(self.train_set),
+            **self._shared_arguments(self.train_set),
             batch_size=self.batch_size,
-            mean=self.mean,
-            std=self.std,
             seed=self.seed,
             flip=self.flip,
-            most=self.shift,
-            block=blocks.prepare(trainer, self.steps_per_execution),
-            shuffle=not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
-            rank=self._rank,
-            world=self._world,
+            max_shift=self.shift,
+            steps_per_block=blocks.prepare(self.trainer, self.steps_per_execution),
+            shuffle=not (self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
         )
 
     def val_dataloader(self) -> EvalLoader:
         """Returns the validation batches."""
-        return EvalLoader(*self._placed(self.val_set), self.mean, self.std, self._rank, self._world)
+        return EvalLoader(**self._shared_arguments(self.val_set))
 
     def test_dataloader(self) -> EvalLoader:
         """Returns the test batches. All processes together see every image once."""
-        return EvalLoader(*self._placed(self.test_set), self.mean, self.std, self._rank, self._world)
+        return EvalLoader(**self._shared_arguments(self.test_set))
 
     def predict_dataloader(self) -> EvalLoader | DataLoader[Path]:
         """Returns batches of the user's pictures, with black for an unreadable one, or by default the test batches."""
@@ -143,31 +141,30 @@ class FashionMNISTDataModule(LightningDataModule):
             return self.test_dataloader()
         return DataLoader(self.files, batch_size=EVAL_BATCH_SIZE, collate_fn=self._load_pictures)  # type: ignore[arg-type]
 
-    def _placed(self, images_and_labels: Batch | None) -> Batch:
-        """Moves images and labels to the trainer's device if they fit. They have at most 47 MB."""
+    def _shared_arguments(self, images_and_labels: Batch | None) -> dict[str, Any]:
+        """Returns what both loaders take. On the trainer's device the images need at most 47 MB."""
         assert images_and_labels is not None, "call setup() first"
         images, labels = images_and_labels
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        if device.type == "cuda" and 4 * images.numel() > torch.cuda.mem_get_info(device)[0]:
-            return images, labels  # Lightning then moves each block by itself
-        return images.to(device), labels.to(device)
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+        trainer = self.trainer
+        device = trainer.strategy.root_device if trainer else "cpu"
+        return {
+            "images": images.to(device),
+            "labels": labels.to(device),
+            "mean": self.mean,
+            "std": self.std,
+            "rank": trainer.global_rank if trainer else 0,
+            "world": trainer.world_size if trainer else 1,
+        }
 
     def first_images(self, n: int) -> Batch:
         """Returns the first n training images of the first epoch, uint8, ``[n, 1, 28, 28]``, and their labels."""
         assert self.train_set is not None, "call setup() first"
-        order = torch.randperm(len(self.train_set[1]), generator=generator(self.seed, 0))[:n]
-        return self.train_set[0][order], self.train_set[1][order]
+        images, labels = self.train_set
+        order, _, _ = TrainLoader(images, labels, n, self.mean, self.std, self.seed).draw()
+        return images[order[:n]], labels[order[:n]]
 
     def _load_pictures(self, paths: list[Path]) -> Batch:
-        from lenet_pl.apps import pictures  # only predict needs Pillow
+        from lenet_pl.apps import pictures
 
         images = torch.zeros(len(paths), 1, 28, 28, dtype=torch.uint8)
         for image, path in zip(images, paths, strict=True):
@@ -176,9 +173,3 @@ class FashionMNISTDataModule(LightningDataModule):
             except (OSError, ValueError) as error:
                 self.errors[path] = str(error)
         return normalise(images, self.mean, self.std), torch.zeros(len(paths), dtype=torch.int64)
-
-
-def _find_pictures(images: Any) -> list[Path]:
-    from lenet_pl.apps import pictures  # only predict needs Pillow
-
-    return pictures.find(images)

@@ -45,15 +45,12 @@ class DataError(RuntimeError):
 
 
 def ensure(data_dir: str | Path) -> Path:
-    """Verifies the four raw files and fetches those that are missing or damaged.
+    """Verifies the four raw files, fetches those that are missing or damaged, and returns their folder.
 
     Several processes may do this at once: a file appears whole and verified, or not at all.
 
     Args:
-        data_dir: The ``root`` of ``torchvision.datasets.FashionMNIST``.
-
-    Returns:
-        ``data_dir/FashionMNIST/raw``, which holds the four verified files under torchvision's names.
+        data_dir: The ``root`` of ``torchvision.datasets.FashionMNIST``. The folder is ``FashionMNIST/raw`` in it.
 
     Raises:
         DataError: If a file came from no source (the message lists them), or ``data_dir`` cannot be read or written.
@@ -150,31 +147,32 @@ def _verified(file: BinaryIO, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    for pause in (*PAUSES, None):
+    for pause in PAUSES:
         try:
-            return _verified(BytesIO(_transfer(url, FILES[name][1] + 65536)), name)
+            return _transfer(url, name)
         except _FAULTS as error:
             # Without a connection, or after an answer such as 404, the next mirror is the better choice.
-            hopeless = error.code < 500 if isinstance(error, HTTPError) else isinstance(error, URLError)
-            if hopeless or pause is None:
+            is_hopeless = error.code < 500 if isinstance(error, HTTPError) else isinstance(error, URLError)
+            if is_hopeless:
                 raise
             time.sleep(pause)
-    raise AssertionError("unreachable")
+    return _transfer(url, name)
 
 
-def _transfer(url: str, limit: int) -> bytes:
+def _transfer(url: str, name: str) -> bytes:
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress
 
     columns = (*Progress.get_default_columns(), DownloadColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    limit = FILES[name][1] + 65536  # a mirror that never ends must not fill the memory
     body = bytearray()
     with urlopen(url, timeout=TIMEOUT) as response, bar:
-        task = bar.add_task(url.rpartition("/")[2], total=response.length)
+        task = bar.add_task(f"{name}.gz", total=response.length)
         while len(body) < limit and (chunk := response.read1(65536)):
             body += chunk
             bar.update(task, completed=len(body))
-    return bytes(body)
+    return _verified(BytesIO(body), name)
 
 
 def _unpack(package: str, scratch: Path) -> Path:

@@ -1,7 +1,9 @@
-"""The batches of an epoch: order, augmentation, normalisation. This module takes tensors and plain numbers."""
+"""The batches of an epoch: order, augmentation, normalisation, and the seeds of all that is random."""
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import torch
@@ -34,36 +36,31 @@ def training_seed(trainer: Trainer | None) -> int:
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Scales uint8 pixels to 0..1 and standardises them, bit-equal to torchvision's ToTensor and Normalize.
+    """Scales uint8 pixels to 0..1 and standardises them to float32, bit-equal to torchvision's ToTensor and Normalize.
 
     Args:
         images: uint8, any shape.
         mean: Pixel mean of images in 0..1.
         std: Pixel standard deviation of images in 0..1.
-
-    Returns:
-        float32, of the same shape.
     """
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
+def shift(images: Tensor, offsets: Tensor, max_shift: int) -> Tensor:
     """Moves each image by its own offset, and fills the uncovered border with black.
 
     Args:
-        images: uint8 images, ``[N, 1, 28, 28]``.
-        offsets: Rows down and columns right, ``[N, 2]``, int64, from -``most`` to ``most``.
-        most: The largest offset in pixels.
-
-    Returns:
-        uint8 images, ``[N, 1, 28, 28]``.
+        images: uint8, ``[N, 1, 28, 28]``, like the result.
+        offsets: Rows down and columns right, ``[N, 2]``, int64, from -``max_shift`` to ``max_shift``.
+        max_shift: The largest offset in pixels.
     """
-    padded = F.pad(images[:, 0], (most,) * 4)  # [N, 28 + 2 most, 28 + 2 most]
-    windows = padded.unfold(1, images.shape[2], 1).unfold(2, images.shape[3], 1)  # [N, 1 + 2 most, 1 + 2 most, 28, 28]
-    row, column = (most - offsets).unbind(1)
+    padded = F.pad(images[:, 0], (max_shift,) * 4)  # [N, 28 + 2 max_shift, 28 + 2 max_shift]
+    windows = padded.unfold(1, 28, 1).unfold(2, 28, 1)  # [N, 1 + 2 max_shift, 1 + 2 max_shift, 28, 28]
+    row, column = (max_shift - offsets).unbind(1)
     return windows[torch.arange(len(images), device=images.device), row, column].unsqueeze(1)
 
 
+@dataclass(eq=False)
 class TrainLoader:
     """Shuffled, augmented mini-batches. An epoch depends only on the seed and the number of the epoch.
 
@@ -71,44 +68,24 @@ class TrainLoader:
     the number of processes: the mini-batches of all ranks together are those of one process with the same global batch.
     All processes get shares of the same size. If the division leaves a remainder, the first images of the epoch fill up
     the last shares.
-
-    Args:
-        images: uint8, ``[N, 1, 28, 28]``, on the CPU or on the device that trains.
-        labels: int64, ``[N]``, on the same device.
-        batch_size: Images per mini-batch and process.
-        mean: See :func:`normalise`.
-        std: See :func:`normalise`.
-        seed: The training seed.
-        flip: Whether to mirror an image with probability one half.
-        most: The largest shift in pixels, see :func:`shift`.
-        block: Mini-batches in a block. With 1 the loader yields the mini-batches themselves.
-        shuffle: Whether to draw a new order for each epoch.
-        rank: The number of this process, from 0.
-        world: The number of processes.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        mean: float,
-        std: float,
-        seed: int = 0,
-        flip: bool = False,
-        most: int = 0,
-        block: int = 1,
-        shuffle: bool = True,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.images, self.labels = images, labels
-        self.batch_size, self.block = batch_size, block
-        self.mean, self.std = mean, std
-        self.seed, self.flip, self.most, self.shuffle = seed, flip, most, shuffle
-        self.rank, self.world = rank, world
-        self.epoch = 0
-        if shuffle:
+    images: Tensor  # uint8, [N, 1, 28, 28], on the CPU or on the device that trains
+    labels: Tensor  # int64, [N], on the same device
+    batch_size: int  # images per mini-batch and process
+    mean: float  # for normalise, like std
+    std: float
+    seed: int = 0  # of the training
+    flip: bool = False  # mirrors an image with probability one half
+    max_shift: int = 0  # in pixels; each image and axis draws its own shift
+    steps_per_block: int = 1  # with 1 the loader yields the mini-batches themselves
+    shuffle: bool = True  # draws a new order for each epoch
+    rank: int = 0  # the number of this process
+    world: int = 1  # the number of processes
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shuffle:
             self.sampler = self  # Lightning calls ``sampler.set_epoch`` before each epoch, which is torch's convention
 
     def set_epoch(self, epoch: int) -> None:
@@ -118,40 +95,40 @@ class TrainLoader:
     @property
     def share(self) -> int:
         """The number of images of an epoch in each process."""
-        return -(-len(self.labels) // self.world)
+        return ceil(len(self.labels) / self.world)
 
     @property
     def steps(self) -> int:
         """The number of mini-batches of an epoch in each process. The last may be smaller."""
-        return -(-self.share // self.batch_size)
+        return ceil(self.share / self.batch_size)
 
     def __len__(self) -> int:
         """Returns the number of blocks of an epoch in each process."""
-        return -(-self.steps // self.block)
+        return ceil(self.steps / self.steps_per_block)
 
     def __iter__(self) -> Iterator[Batch | Block]:
         # This is a generator function, because Lightning makes the iterator before it calls ``set_epoch``.
-        order, flips, offsets = self._draw()
-        size = self.batch_size * self.block
+        order, flips, offsets = self.draw()
+        size = self.batch_size * self.steps_per_block
         for start in range(0, len(order), size):
             piece = slice(start, start + size)
             images, labels = self.images[order[piece]], self.labels[order[piece]]
             if self.flip:
                 images = torch.where(flips[piece, None, None, None], images.flip(-1), images)
-            if self.most:
-                images = shift(images, offsets[piece], self.most)
+            if self.max_shift:
+                images = shift(images, offsets[piece], self.max_shift)
             images = normalise(images, self.mean, self.std)
-            if self.block == 1:
+            if self.steps_per_block == 1:
                 yield images, labels
             else:
                 yield Block(zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True))
 
-    def _draw(self) -> tuple[Tensor, ...]:
+    def draw(self) -> tuple[Tensor, ...]:
         """Draws the epoch for all processes, and returns this one's indices, flips and offsets on the device."""
-        draw, n = generator(self.seed, self.epoch), len(self.labels)
-        order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
-        flips = torch.rand(n, generator=draw) < 0.5
-        offsets = torch.randint(-self.most, self.most + 1, (n, 2), generator=draw)
+        numbers, n = generator(self.seed, self.epoch), len(self.labels)
+        order = torch.randperm(n, generator=numbers) if self.shuffle else torch.arange(n)
+        flips = torch.rand(n, generator=numbers) < 0.5
+        offsets = torch.randint(-self.max_shift, self.max_shift + 1, (n, 2), generator=numbers)
         places = torch.arange(self.rank, self.share * self.world, self.world) % n
         return tuple(drawn[places].to(self.images.device) for drawn in (order, flips, offsets))
 
@@ -159,13 +136,7 @@ class TrainLoader:
 class EvalLoader:
     """Normalised batches of ``EVAL_BATCH_SIZE`` images in order. All processes together get every image once.
 
-    Args:
-        images: uint8, ``[N, 1, 28, 28]``.
-        labels: int64, ``[N]``.
-        mean: See :func:`normalise`.
-        std: See :func:`normalise`.
-        rank: The number of this process, from 0.
-        world: The number of processes.
+    The arguments are those of :class:`TrainLoader`.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1) -> None:
@@ -173,10 +144,9 @@ class EvalLoader:
         self.mean, self.std = mean, std
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // EVAL_BATCH_SIZE)
+        return ceil(len(self.labels) / EVAL_BATCH_SIZE)
 
     def __iter__(self) -> Iterator[Batch]:
-        pieces = zip(self.images.split(EVAL_BATCH_SIZE), self.labels.split(EVAL_BATCH_SIZE), strict=True)
-        for images, labels in pieces:
-            if len(labels):  # ``split`` turns an empty tensor into one empty piece
-                yield normalise(images, self.mean, self.std), labels
+        for start in range(0, len(self.labels), EVAL_BATCH_SIZE):
+            piece = slice(start, start + EVAL_BATCH_SIZE)
+            yield normalise(self.images[piece], self.mean, self.std), self.labels[piece]

@@ -227,5 +227,3 @@ class LitLeNet(LightningModule):
         for optimizer in checkpoint.get("optimizer_states", ()):
             for group in optimizer["param_groups"]:
                 group["lr"], group["weight_decay"] = self.hparams["lr"], self.hparams["weight_decay"]
-        if "loops" in checkpoint:
-            blocks.start_at_epoch_end(checkpoint)

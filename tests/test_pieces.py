@@ -158,6 +158,28 @@ def test_a_module_that_overrides_a_hook_of_the_step(workdir, capsys):
     assert "because Mine overrides optimizer_step" in out
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden")
+def test_a_module_that_looks_at_batches_after_their_transfer(workdir, capsys):
+    class Mine(LitLeNet):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            images, labels = batch
+            return images.flip(-1), labels
+
+    _, out = fit([], capsys, Mine())
+    assert "because Mine overrides on_after_batch_transfer" in out
+
+
+def test_a_datamodule_that_looks_at_batches_after_their_transfer(workdir, capsys):
+    class Mirrored(FashionMNISTDataModule):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            images, labels = batch
+            return images.flip(-1), labels
+
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(LitLeNet(), Mirrored(batch_size=8, val_size=60))
+    assert "because Mirrored overrides on_after_batch_transfer" in capsys.readouterr().out
+
+
 def test_one_module_trains_with_blocks_and_without_in_turn(workdir, capsys):
     module = LitLeNet()
     fit([], capsys, module)
@@ -241,6 +263,14 @@ def test_a_checkpoint_within_an_epoch_is_written_but_no_place_to_go_on_from(cli)
     path = next(RUN.glob("checkpoints/*step=10.ckpt"))
     assert cli("test", "--ckpt_path", path)[0] == 0
     code, _, err = cli("fit", "--ckpt_path", path)
+    assert code == 2
+    assert "within an epoch" in err
+
+
+def test_a_checkpoint_of_the_last_batch_belongs_to_an_epoch_that_is_not_finished(cli):
+    before_the_end = flags("ModelCheckpoint save_on_train_epoch_end=false monitor=val_acc filename=early")
+    assert cli("fit", *TINY, *before_the_end)[0] == 0
+    code, _, err = cli("fit", "--ckpt_path", RUN / "checkpoints/early.ckpt", "--trainer.max_epochs", 3)
     assert code == 2
     assert "within an epoch" in err
 

@@ -77,11 +77,26 @@ def test_bfloat16_blocks_use_fresh_weights(cli, workdir):
     assert same(first, second)
 
 
+def test_a_frozen_layer_stays_as_it_is(workdir):
+    states = []
+    for k in (1, 50):
+        seed_everything(0)
+        data, model = FashionMNISTDataModule(batch_size=8, val_size=60, steps_per_execution=k), LitLeNet()
+        frozen = next(model.net.parameters()).requires_grad_(False)
+        before = frozen.clone()
+        trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer.fit(model, data)
+        assert torch.equal(frozen, before)
+        states.append(model.net.state_dict())
+    assert same(*states)
+
+
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
         (("--trainer.max_steps", 5), 5),
         (("--trainer.limit_train_batches", 3), 6),
+        (("--trainer.limit_train_batches", 1), 2),  # one batch, not 100 per cent
         (("--trainer.overfit_batches", 2), 4),
         (("--trainer.accumulate_grad_batches", 2), 34),
         (("--trainer.gradient_clip_val", 0.5), 68),
