@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 
 from lenet_pl.apps import pictures, prepare
@@ -92,7 +93,8 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
             given, seen = prepare.flatten(picture), prepare.to_uint8(picture, data.preprocess)  # [1, 28, 28]
         except (OSError, ValueError) as error:
             return [None, None, None, alert(f"{one_line(name)}: {error}"), None]
-        probabilities = classifier.in_batches(seen[None]).softmax(1)[0].tolist()  # [10]
+        with torch.inference_mode():
+            probabilities = classifier(seen[None]).softmax(1)[0].tolist()  # [10]
         label = dict(zip(FashionMNIST.classes, probabilities, strict=True))
         return [_enlarged(given), _enlarged(Image.fromarray(seen[0].numpy())), label, alert(""), None]
 
