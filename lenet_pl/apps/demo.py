@@ -98,8 +98,7 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
         label = dict(zip(FashionMNIST.classes, probabilities, strict=True))
         return [_enlarged(given), _enlarged(Image.fromarray(seen[0].numpy())), label, alert(""), None]
 
-    look: dict[str, Any] = {"format": "png", "interactive": False, "buttons": [], "height": 260, "min_width": 120}
-    look["elem_classes"] = "shown"
+    look: Any = {"format": "png", "interactive": False, "buttons": [], "height": 260, "elem_classes": "shown"}
     with gr.Blocks(title="LeNet-5 on Fashion-MNIST") as blocks:
         gr.Markdown("# LeNet-5 on Fashion-MNIST\nWhich garment is it? The net knows ten kinds and nothing else.")
         with gr.Row():
@@ -111,11 +110,12 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
                     keys = {name: gr.Button(name, icon=examples[name], size="sm", min_width=120) for name in examples}
             with gr.Column(scale=3, min_width=280):
                 with gr.Row():
-                    given = gr.Image(label="The picture", alt_text="As given", **look)
-                    seen = gr.Image(label="What the net sees", alt_text="28×28 grey pixels", **look)
+                    given = gr.Image(label="The picture", alt_text="As given", min_width=120, **look)
+                    seen = gr.Image(label="What the net sees", alt_text="28×28 grey pixels", min_width=120, **look)
                 probabilities = gr.Label(label="Probabilities", num_top_classes=10)
         shown = [given, seen, probabilities, message, file]  # the file's box is emptied for the next picture
-        file.preprocess = lambda upload: (upload.path, upload.orig_name)  # Gradio's own drops signs from the name
+        # Gradio's own version removes characters from the name.
+        file.preprocess = lambda upload: (upload.path, upload.orig_name)
         file.upload(classify, file, shown, api_visibility="private")
         for name, key in keys.items():
             key.click(partial(classify, (examples[name], name)), None, shown, api_visibility="private")

@@ -24,17 +24,12 @@ TOLERANCE = 1e-4  # of a logit; summing float32 in another order changes them by
 
 
 def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule, output: str | None = None) -> None:
-    """Exports the net, and prints the file, the proof, the test accuracy and a line of code that uses the file.
+    """Exports a checkpoint's module, and prints the file, the proof, the test accuracy and code that uses the file.
 
     The file takes ``images``, uint8 ``[N, 1, 28, 28]`` with any N, and gives ``logits``, float32 ``[N, 10]``. Its
     metadata are text: ``classes`` (a JSON list), ``variant``, ``checkpoint_sha256``, ``lenet_pl`` (the version) and
-    ``test_accuracy`` (0 to 1).
-
-    Args:
-        ckpt_path: The checkpoint's file.
-        model: Its module; it is left in evaluation mode and in float32.
-        data: A datamodule with its settings.
-        output: A folder, or a file whose name ends in .onnx; by default the folder that ``runs.beside`` names.
+    ``test_accuracy`` (0 to 1). ``output`` names the file, which then ends in .onnx, or its folder; by default that is
+    the checkpoint's. ``data`` has the checkpoint's settings. The module is left in evaluation mode and in float32.
 
     Raises:
         UsageError: If an optional package is missing, or ``output`` is a file of another kind.

@@ -33,10 +33,7 @@ class Prediction(NamedTuple):
 def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> None:
     """Prints the table, and writes predictions.csv and predictions.png into ``folder``, which is made if it is missing.
 
-    Args:
-        folder: Where the two files go.
-        data: The datamodule that has just handed out the pictures or the test images.
-        probabilities: ``[N, 10]``, in the datamodule's order.
+    ``data`` has handed out the pictures or the test images, and ``probabilities``, ``[N, 10]``, are in its order.
 
     Raises:
         NothingClassified: If no picture could be read; predictions.csv then holds the reasons.
@@ -71,6 +68,7 @@ def _predictions(data: FashionMNISTDataModule, probabilities: Tensor) -> list[Pr
 
 
 def _csv(predictions: list[Prediction]) -> str:
+    """Returns a row for each picture; one that could not be read has empty fields, and the reason in the last."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -32,12 +32,8 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
     """Writes the report into the checkpoint's run folder, and returns the page, ``report.html``.
 
     Outside a run folder it goes beside the checkpoint and has no learning curves. The report on the package's weights
-    goes into the current folder.
-
-    Args:
-        ckpt_path: The checkpoint's file.
-        model: Its module, on any device; it is left in evaluation mode and in float32.
-        data: A datamodule with its settings.
+    goes into the current folder. ``model`` is the checkpoint's module, on any device, which is left in evaluation mode
+    and in float32; ``data`` has the checkpoint's settings.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read.
