@@ -3,15 +3,18 @@
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TEST
+import torch
+from conftest import TEST, inside
 from PIL import Image
 
+from lenet_pl.__main__ import main
 from lenet_pl.apps import plots, predict
 from lenet_pl.datamodule import FashionMNIST
 
@@ -23,10 +26,21 @@ def rows(path="predictions.csv"):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def run_folders(tiny, tmp_path_factory):
+    """The folder ``runs`` after a fit."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("trained")
+    with inside(folder, tiny) as patch:
+        patch.setattr("lenet_pl.commands.report", lambda *args: None)
+        assert main(["fit", *map(str, TINY)]) == 0
+    return folder / "runs"
+
+
 @pytest.fixture
-def trained(cli):
-    code, _, err = cli("fit", *TINY)
-    assert code == 0, err
+def trained(cli, workdir, run_folders):
+    """The command line in a folder with a finished run."""
+    shutil.copytree(run_folders, workdir / "runs")
     return cli
 
 
