@@ -173,6 +173,16 @@ def test_a_picture_that_goes_away_meanwhile_costs_the_others_nothing(trained, wo
     assert "2 classified, 0 not" in out
 
 
+def test_a_picture_of_16_bits_is_shown_with_all_its_greys(trained, workdir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "predictions", lambda rows, real=plots.predictions: drawn.extend(rows) or real(rows))
+    ramp = np.linspace(0, 65535, 60 * 40).reshape(60, 40).astype(np.uint16)
+    Image.fromarray(ramp).save("deep.png")
+    assert trained("predict", "--data.images", "deep.png")[0] == 0
+    grey = np.asarray(drawn[0].picture)[:, :, 0]
+    assert np.abs(grey - ramp / 257.0).max() < 1
+
+
 def test_its_own_pictures_are_not_classified_the_next_time(trained, workdir):
     Image.new("L", (28, 28), 200).save("mine.png")
     for _ in range(2):

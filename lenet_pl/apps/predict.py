@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lenet_pl.apps import pictures, plots
+from lenet_pl.apps import pictures, plots, prepare
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.errors import UsageError
@@ -102,6 +102,7 @@ def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.
         picture = pictures.load(data.files[i])
     except (OSError, ValueError):  # it was readable a moment ago and has changed since
         return plots.Row(title, None, None, prediction.top)
-    seen = pictures.to_uint8(picture, data.preprocess)[0].numpy()
+    seen = prepare.to_uint8(picture, data.preprocess)[0].numpy()
+    picture = prepare.flatten(picture)
     picture.thumbnail((200, 200))
-    return plots.Row(title, np.asarray(picture.convert("RGBA")), seen, prediction.top)
+    return plots.Row(title, np.asarray(picture), seen, prediction.top)
