@@ -190,11 +190,3 @@ def test_help_and_version_answer_at_once(spawn):
         assert out.strip().endswith("False")  # torch is what takes seconds
         assert __version__ in out
         assert args == ("--version",) or all(name in out for name in COMMANDS)
-
-
-def test_a_training_as_a_process_of_its_own_keeps_the_console_clean(spawn):
-    process = spawn("fit", *TINY)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert err == ""
-    assert "Tip" not in out

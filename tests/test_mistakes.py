@@ -423,6 +423,7 @@ def test_a_mistake_in_the_command_is_told_without_importing_torch(spawn):
     check_message(err, "did you mean 'fit'?")
 
 
+@pytest.mark.long
 def test_the_exit_code_reaches_the_shell(spawn, workdir):
     process = spawn("fit", "--model.lr", "fast")
     out, err = process.communicate(timeout=60)

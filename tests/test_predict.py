@@ -3,15 +3,18 @@
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TEST
+import torch
+from conftest import TEST, inside
 from PIL import Image
 
+from lenet_pl.__main__ import main
 from lenet_pl.apps import plots, predict
 from lenet_pl.datamodule import FashionMNIST
 
@@ -23,10 +26,21 @@ def rows(path="predictions.csv"):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def run_folders(tiny, tmp_path_factory):
+    """The folder ``runs`` after a fit."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("trained")
+    with inside(folder, tiny) as patch:
+        patch.setattr("lenet_pl.commands.report", lambda *args: None)
+        assert main(["fit", *map(str, TINY)]) == 0
+    return folder / "runs"
+
+
 @pytest.fixture
-def trained(cli):
-    code, _, err = cli("fit", *TINY)
-    assert code == 0, err
+def trained(cli, workdir, run_folders):
+    """The command line in a folder with a finished run."""
+    shutil.copytree(run_folders, workdir / "runs")
     return cli
 
 
@@ -157,6 +171,16 @@ def test_a_picture_that_goes_away_meanwhile_costs_the_others_nothing(trained, wo
     code, out, err = trained("predict", "--data.images", "mine")
     assert (code, err) == (0, "")
     assert "2 classified, 0 not" in out
+
+
+def test_a_picture_of_16_bits_is_shown_with_all_its_greys(trained, workdir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "predictions", lambda rows, real=plots.predictions: drawn.extend(rows) or real(rows))
+    ramp = np.linspace(0, 65535, 60 * 40).reshape(60, 40).astype(np.uint16)
+    Image.fromarray(ramp).save("deep.png")
+    assert trained("predict", "--data.images", "deep.png")[0] == 0
+    grey = np.asarray(drawn[0].picture)[:, :, 0]
+    assert np.abs(grey - ramp / 257.0).max() < 1
 
 
 def test_its_own_pictures_are_not_classified_the_next_time(trained, workdir):

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 
 from lenet_pl.apps import pictures, prepare
@@ -88,16 +89,11 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
     def classify(upload: tuple[str, str]) -> list[Any]:
         path, name = upload
         try:
-            picture = pictures.load(Path(path))
-            given, seen = prepare.flatten(picture), prepare.to_uint8(picture, data.preprocess)  # [1, 28, 28]
+            return [*_shown(Path(path), classifier, data.preprocess), alert(""), None]
         except (OSError, ValueError) as error:
             return [None, None, None, alert(f"{one_line(name)}: {error}"), None]
-        probabilities = classifier.in_batches(seen[None]).softmax(1)[0].tolist()  # [10]
-        label = dict(zip(FashionMNIST.classes, probabilities, strict=True))
-        return [_enlarged(given), _enlarged(Image.fromarray(seen[0].numpy())), label, alert(""), None]
 
-    look: dict[str, Any] = {"format": "png", "interactive": False, "buttons": [], "height": 260, "min_width": 120}
-    look["elem_classes"] = "shown"
+    look: Any = {"format": "png", "interactive": False, "buttons": [], "height": 260, "elem_classes": "shown"}
     with gr.Blocks(title="LeNet-5 on Fashion-MNIST") as blocks:
         gr.Markdown("# LeNet-5 on Fashion-MNIST\nWhich garment is it? The net knows ten kinds and nothing else.")
         with gr.Row():
@@ -109,14 +105,15 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
                     keys = {name: gr.Button(name, icon=examples[name], size="sm", min_width=120) for name in examples}
             with gr.Column(scale=3, min_width=280):
                 with gr.Row():
-                    given = gr.Image(label="The picture", alt_text="As given", **look)
-                    seen = gr.Image(label="What the net sees", alt_text="28×28 grey pixels", **look)
+                    given = gr.Image(label="The picture", alt_text="As given", min_width=120, **look)
+                    seen = gr.Image(label="What the net sees", alt_text="28×28 grey pixels", min_width=120, **look)
                 probabilities = gr.Label(label="Probabilities", num_top_classes=10)
-        shown = [given, seen, probabilities, message, file]  # the file's box is emptied for the next picture
-        file.preprocess = lambda upload: (upload.path, upload.orig_name)  # Gradio's own drops signs from the name
-        file.upload(classify, file, shown, api_visibility="private")
+        outputs = [given, seen, probabilities, message, file]  # the file's box is emptied for the next picture
+        # Gradio's own version removes characters from the name.
+        file.preprocess = lambda upload: (upload.path, upload.orig_name)
+        file.upload(classify, file, outputs, api_visibility="private")
         for name, key in keys.items():
-            key.click(partial(classify, (examples[name], name)), None, shown, api_visibility="private")
+            key.click(partial(classify, (examples[name], name)), None, outputs, api_visibility="private")
     fonts = ["system-ui", "sans-serif"]  # fonts of the machine, so that none is fetched
     return gr.mount_gradio_app(
         FastAPI(openapi_url=None), blocks, "/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
@@ -136,6 +133,16 @@ def _examples(data: FashionMNISTDataModule, folder: Path) -> dict[str, str]:
         Image.fromarray(images[labels == label][0, 0].numpy()).save(path)
         examples[name] = str(path)
     return examples
+
+
+def _shown(path: Path, classifier: Classifier, preprocess: bool) -> tuple[Image.Image, Image.Image, dict[str, float]]:
+    """Returns a picture, what the net sees of it, and the probability of each class; raises what ``load`` raises."""
+    picture = pictures.load(path)
+    seen = prepare.to_uint8(picture, preprocess)  # [1, 28, 28]
+    with torch.inference_mode():
+        probabilities = classifier(seen[None]).softmax(1)[0].tolist()  # [10]
+    label = dict(zip(FashionMNIST.classes, probabilities, strict=True))
+    return _enlarged(prepare.flatten(picture)), _enlarged(Image.fromarray(seen[0].numpy())), label
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:

@@ -5,14 +5,13 @@ import json
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lenet_pl import __version__, runs
-from lenet_pl.apps.classifier import Classifier
+from lenet_pl.apps.classifier import Classifier, classify_test_images
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.errors import UsageError
@@ -22,50 +21,42 @@ from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 
 TOLERANCE = 1e-4  # of a logit; summing float32 in another order changes them by about 1e-5
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-REMEDY = "install it with: pip install 'lenet_pl[export]'"
 
 
-@torch.no_grad()
 def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule, output: str | None = None) -> None:
-    """Exports the net, and prints the file, the proof, the test accuracy and a line of code that uses the file.
+    """Exports a checkpoint's module, and prints the file, the proof, the test accuracy and code that uses the file.
 
     The file takes ``images``, uint8 ``[N, 1, 28, 28]`` with any N, and gives ``logits``, float32 ``[N, 10]``. Its
     metadata are text: ``classes`` (a JSON list), ``variant``, ``checkpoint_sha256``, ``lenet_pl`` (the version) and
-    ``test_accuracy`` (0 to 1).
-
-    Args:
-        ckpt_path: The checkpoint's file.
-        model: Its module; it is left in evaluation mode and in float32.
-        data: A datamodule with its settings.
-        output: A folder, or a file whose name ends in .onnx; see ``_path`` for the default.
+    ``test_accuracy`` (0 to 1). ``output`` names the file, which then ends in .onnx, or its folder; by default that is
+    the checkpoint's. ``data`` has the checkpoint's settings. The module is left in evaluation mode and in float32.
 
     Raises:
         UsageError: If an optional package is missing, or ``output`` is a file of another kind.
         DataError: If the test images are missing and cannot be fetched.
         RuntimeError: If the file does not classify the test images like the checkpoint. Nothing is written then.
     """
-    for package in PACKAGES:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(package) is None:
-            raise UsageError(f"export needs {package}, which is not installed; {REMEDY}")
-    path = _path(ckpt_path, output)
-    data.prepare_data()
-    data.setup("test")
-    assert data.test_set is not None
-    images, labels = data.test_set
-    expected = Classifier(model.eval().float(), data.mean, data.std).in_batches(images)  # [N, 10]
-    accuracy = (expected.argmax(-1) == labels).double().mean().item()
-    variant = model.hparams["variant"]
-    net = LeNet5(variant).eval()  # contiguous float32 on the CPU, whatever the training used
+            remedy = "install it with: pip install 'lenet_pl[export]'"
+            raise UsageError(f"export needs {package}, which is not installed; {remedy}")
+    path = runs.beside(ckpt_path) if output is None else Path(output)
+    if path.exists() and not path.is_dir() and path.suffix.lower() != ".onnx":
+        raise UsageError(f"output={one_line(path)}: expected a folder, or a file that ends in .onnx")
+    if path.is_dir() or path.suffix.lower() != ".onnx":
+        path = path / "lenet.onnx"
+    images, labels, expected = classify_test_images(model, data)
+    accuracy = (expected.argmax(1) == labels).double().mean().item()
+    net = LeNet5(model.hparams["variant"])  # contiguous float32 on the CPU, whatever the training used
     net.load_state_dict(model.net.state_dict())
     metadata = {
         "classes": json.dumps(FashionMNIST.classes),
-        "variant": variant,
+        "variant": model.hparams["variant"],
         "checkpoint_sha256": hashlib.sha256(ckpt_path.read_bytes()).hexdigest(),
         "lenet_pl": __version__,
         "test_accuracy": f"{accuracy:.4f}",
     }
-    content = _onnx(Classifier(net, data.mean, data.std), metadata)
+    content = _onnx(Classifier(net.eval(), data.mean, data.std), metadata)
     difference = _prove(content, images, expected)
     write_atomic(path, content)
     print(f"{one_line(path)}: {len(content) / 1000:,.0f} kB")
@@ -75,31 +66,25 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule, output
     print(f"use: {use}  # uint8 [N, 1, 28, 28]")
 
 
-def _path(ckpt_path: Path, output: str | None) -> Path:
-    """Returns the file to write: by default one beside the checkpoint, or in the current folder for the pretrained."""
-    folder = runs.beside(ckpt_path) if output is None else Path(output)
-    if folder.suffix.lower() == ".onnx" and not folder.is_dir():
-        return folder
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output={one_line(folder)}: expected a folder, or a file that ends in .onnx")
-    return folder / "lenet.onnx"
-
-
 def _onnx(classifier: Classifier, metadata: dict[str, str]) -> bytes:
     """Returns the content of the ONNX file."""
     import onnx
 
-    example = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)  # two images, because one would become a constant
-    shapes = {"images": {0: torch.export.Dim("N")}}
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn about their own steps
-        program = torch.export.export(classifier, (example,), dynamic_shapes=shapes)
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # it names folders of this machine
-        names: Any = {"input_names": ["images"], "output_names": ["logits"]}
-        exported = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
+        exported = torch.onnx.export(
+            classifier,
+            (torch.zeros(2, 1, 28, 28, dtype=torch.uint8),),  # two images, because one would become a constant
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+            dynamo=True,
+            verbose=False,
+        )
     assert exported is not None
     proto = exported.model_proto
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # stack traces, which name folders of this machine
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
     content: bytes = proto.SerializeToString()
@@ -113,7 +98,7 @@ def _prove(content: bytes, images: Tensor, expected: Tensor) -> float:
         RuntimeError: If an image gets another class, or if the difference is above ``TOLERANCE`` or no number.
     """
     logits = _run(content, images)
-    same = int((logits.argmax(-1) == expected.argmax(-1)).sum())
+    same = int((logits.argmax(1) == expected.argmax(1)).sum())
     difference = (logits - expected).abs().max().item()
     if same < len(images) or not difference <= TOLERANCE:  # NaN is not
         raise RuntimeError(

@@ -23,10 +23,11 @@ _LOCK = threading.Lock()
 
 
 def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Returns the pictures that a user names, each once, and prints a line about files in folders that are not read.
+    """Returns the pictures that a user names, each once, and prints a line about files that are not read.
 
-    Folders are searched with their subfolders, but without hidden ones. Of their files those count that have the suffix
-    of a picture and were not written by this program; they come sorted. A file that is named itself always counts.
+    Folders are searched with their subfolders, but without hidden ones. A file in a folder, or one that a pattern
+    matches, counts if it has the suffix of a picture and was not written by this program. A file that is named itself
+    always counts.
 
     Args:
         images: A file, a folder, or a pattern such as ``*.png`` where nothing has that name; or several of them.
@@ -38,8 +39,10 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
     found: dict[Path, Path] = {}  # by absolute path
     reasons: Counter[str] = Counter()  # why files are not read
     for name in names:
-        for file, named in _files(name):
-            reason = "" if named else _why_not(file)
+        # Path.expanduser would raise an error for an unknown user.
+        path = Path(name if os.path.lexists(name) else os.path.expanduser(name))  # noqa: PTH111
+        for file in _files(path):
+            reason = "" if file == path else _why_not(file)
             if reason:
                 reasons[reason] += 1
             else:
@@ -54,31 +57,24 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def _files(name: str | Path) -> list[tuple[Path, bool]]:
-    """Returns the file of this name, or the files below the folder of this name; each with whether it was named itself.
-
-    Raises:
-        ValueError: If there is no such file or folder, or its name is too long.
-    """
-    path = Path(name)
+def _files(path: Path) -> list[Path]:
+    """Returns the files that a name stands for: itself, those below a folder, or those that a pattern matches."""
     try:
-        if not path.exists():
-            path = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
         if path.is_dir():
-            return [(file, False) for file in _below(path)]
+            return _below(path)
         if path.is_file():  # no pipe, which would be read for ever
-            return [(path, True)]
+            return [path]
         matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 (a pattern may be absolute)
         files = [match for match in matches if match.is_file()]
     except OSError as error:
-        raise ValueError(f"{one_line(name)}: {error.strerror}") from error
+        raise ValueError(f"{one_line(path)}: {error.strerror}") from error
     if not files:
-        raise ValueError(f"{one_line(name)}: no such file or folder; give a picture or a folder")
-    return [(file, False) for file in files]
+        raise ValueError(f"{one_line(path)}: no such file or folder; give a picture or a folder")
+    return files
 
 
 def _below(folder: Path) -> list[Path]:
-    """Lists the files in a folder and its subfolders, sorted, without hidden ones."""
+    """Returns the files in a folder and its subfolders, sorted, without hidden ones."""
     files = []
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # os.walk goes into what is left

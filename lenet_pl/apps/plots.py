@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 @_styled
 def predictions(rows: Sequence[Row]) -> Figure:
-    """Draws for each row the picture, what the net saw, and bars for the probabilities."""
+    """Draws for each row the picture, what the net saw, and the three classes with bars for their probabilities."""
     figure = Figure(figsize=(7, 0.9 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1, 1, 4])
     for (left, middle, right), row in zip(axes, rows, strict=True):
@@ -58,8 +58,8 @@ def predictions(rows: Sequence[Row]) -> Figure:
             ax.axis("off")
             if image is not None:
                 ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        labels, probabilities = zip(*row.top, strict=True)
-        right.barh(labels, probabilities, color=[BLUE, GREY, GREY])
+        labels = [f"{label} {probability:.1%}" for label, probability in row.top]
+        right.barh(labels, [probability for _, probability in row.top], color=[BLUE, GREY, GREY])
         right.set(xlim=(0, 1), xticks=[])
         right.invert_yaxis()
         title = row.title if len(row.title) <= 60 else f"{row.title[:40]}…{row.title[-19:]}"

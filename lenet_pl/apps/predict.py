@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lenet_pl.apps import pictures, plots
+from lenet_pl.apps import pictures, plots, prepare
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.errors import UsageError
@@ -33,10 +33,7 @@ class Prediction(NamedTuple):
 def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> None:
     """Prints the table, and writes predictions.csv and predictions.png into ``folder``, which is made if it is missing.
 
-    Args:
-        folder: Where the two files go.
-        data: The datamodule that has just handed out the pictures or the test images.
-        probabilities: ``[N, 10]``, in the datamodule's order.
+    ``data`` has handed out the pictures or the test images, and ``probabilities``, ``[N, 10]``, are in its order.
 
     Raises:
         NothingClassified: If no picture could be read; predictions.csv then holds the reasons.
@@ -71,6 +68,7 @@ def _predictions(data: FashionMNISTDataModule, probabilities: Tensor) -> list[Pr
 
 
 def _csv(predictions: list[Prediction]) -> str:
+    """Returns a row for each picture; one that could not be read has empty fields, and the reason in the last."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -104,6 +102,7 @@ def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.
         picture = pictures.load(data.files[i])
     except (OSError, ValueError):  # it was readable a moment ago and has changed since
         return plots.Row(title, None, None, prediction.top)
-    seen = pictures.to_uint8(picture, data.preprocess)[0].numpy()
+    seen = prepare.to_uint8(picture, data.preprocess)[0].numpy()
+    picture = prepare.flatten(picture)
     picture.thumbnail((200, 200))
-    return plots.Row(title, np.asarray(picture.convert("RGBA")), seen, prediction.top)
+    return plots.Row(title, np.asarray(picture), seen, prediction.top)

@@ -1,12 +1,13 @@
 """Turns a user's picture into the 28×28 grey pixels on black that the net was trained on.
 
 The steps follow the paper of the data set: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
-Benchmarking Machine Learning Algorithms" (2017), arXiv 1708.07747, section 2. Three differ, because that keeps more of
-the labels that two trained nets gave to 1,000 test images, enlarged to 280×280, inverted and stored as JPEG:
+Benchmarking Machine Learning Algorithms" (2017), arXiv 1708.07747, section 2. Three steps differ from it. The test was
+how many of 1,000 test images keep the label that a trained net gives them (counted with two nets), when they are
+enlarged to 280×280, inverted, stored as JPEG and read back: 99.2 %.
 
-- Sharpening adds 30 % of the difference from the blurred picture: 99.2 % kept. The paper's 80 %: 98.3 %. None: 98.1 %.
+- Sharpening adds 30 % of the difference from the blurred picture. With the paper's 80 %: 98.3 %; without: 98.1 %.
 - A picture that fills its frame like the data set, from edge to edge and centred, is not trimmed. Trimmed: 97.0 %.
-- The background becomes black, whatever grey it was. With 22 % grey left there: 61 %.
+- The background becomes black, whatever grey it was. With a grey of 22 % left there: 61 %.
 """
 
 import math

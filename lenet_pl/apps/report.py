@@ -18,7 +18,7 @@ from torchmetrics.functional import classification as metrics
 
 from lenet_pl import __version__, checkpoint, runs
 from lenet_pl.apps import article, plots
-from lenet_pl.apps.classifier import Classifier
+from lenet_pl.apps.classifier import classify_test_images
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.module import LitLeNet
@@ -31,13 +31,9 @@ BINS = 15  # of the expected calibration error
 def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Path:
     """Writes the report into the checkpoint's run folder, and returns the page, ``report.html``.
 
-    The report on a checkpoint outside a run folder goes beside it and has no learning curves. The one on the pretrained
-    checkpoint goes into the current folder.
-
-    Args:
-        ckpt_path: The checkpoint's file.
-        model: Its module, on any device; it is left in evaluation mode and in float32.
-        data: A datamodule with its settings.
+    Outside a run folder it goes beside the checkpoint and has no learning curves. The report on the package's weights
+    goes into the current folder. ``model`` is the checkpoint's module, on any device, which is left in evaluation mode
+    and in float32; ``data`` has the checkpoint's settings.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read.
@@ -46,24 +42,18 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
     state = checkpoint.load(ckpt_path)
     epoch, seed = state["epoch"] + 1, state["seed"]
     run_folder = runs.folder_of(ckpt_path)
-    results = runs.read_results(run_folder) if run_folder else []
     folder = run_folder or runs.beside(ckpt_path)
-    data.seed = seed  # for the order of the first epoch
-    data.prepare_data()
-    data.setup("validate")  # reads the training images too
-    data.setup("test")
-    assert data.test_set is not None
-    images, labels = data.test_set
-    logits = Classifier(model.eval().float(), data.mean, data.std).in_batches(images)
+    results = runs.read_results(run_folder) if run_folder else []
+    _, labels, logits = classify_test_images(model, data)
+    data.setup("validate")  # reads the training images
+    data.seed = seed  # of the order of the first epoch
     scores = score(logits, labels)
     figures = draw(data, logits)
     if results:
         figures["curves"] = plots.curves(results, epoch)
-    pictures = {}
-    for name, figure in figures.items():
-        content = plots.png(figure)
+    pictures = {name: plots.png(figure) for name, figure in figures.items()}
+    for name, content in pictures.items():
         write_atomic(folder / f"{name}.png", content)
-        pictures[name] = b64encode(content).decode()
     source = Path(__file__).with_name("report.html").read_text("utf-8")
     page = Template(source, autoescape=True, undefined=StrictUndefined, trim_blocks=True).render(
         path=one_line(ckpt_path),
@@ -74,9 +64,9 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         bins=BINS,
         source=article.SOURCE,
         article=article.rows(model, data, results, epoch, scores["accuracy"]),
-        pictures=pictures,
+        pictures={name: b64encode(content).decode() for name, content in pictures.items()},
         validated=any(row["val_acc"] for row in results),
-        origin=origin(seed, results, model.device),
+        origin=origin(results),
     )
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
@@ -124,15 +114,11 @@ def draw(data: FashionMNISTDataModule, logits: Tensor) -> dict[str, Figure]:
     return figures
 
 
-def origin(seed: int, results: Sequence[Mapping[str, str]], device: torch.device) -> list[tuple[str, str]]:
-    """Returns facts on the training, and with what and on which machine this process writes the report."""
-    versions = [f"lenet_pl {__version__}", f"Python {platform.python_version()}"]
-    versions += [f"{name} {version(name)}" for name in ("torch", "lightning")]
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+def origin(results: Sequence[Mapping[str, str]]) -> str:
+    """Says how long the training took, and by what, where and when the page was written."""
     seconds = sum(float(row["seconds"]) for row in results)
-    return [
-        ("Training", f"seed {seed}, {seconds:,.0f} s for {len(results)} epochs" if results else f"seed {seed}"),
-        ("Report written", datetime.now().astimezone().isoformat(" ", "seconds")),
-        ("Versions", ", ".join(versions)),
-        ("Machine", f"{platform.platform()}, {os.cpu_count()} cores, {processor}"),
-    ]
+    training = f"The training took {seconds:,.0f} s for {len(results)} epochs. " if results else ""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    now = datetime.now().astimezone().isoformat(" ", "seconds")
+    return f"{training}lenet_pl {__version__} wrote this page at {now} with {versions} on {machine}."
