@@ -92,12 +92,13 @@ class Plan:
         if not self.images:
             remedy = "add --data.val_size 10000, or --final if it is chosen and the test images shall score it"
             raise UsageError(f"{args.config} has no validation images to compare trials by: {remedy}")
-        self.jobs: dict[str, tuple[dict[str, str], int]] = {f"trial {k}": ({}, 0) for k in range(args.trials)}
-        if not args.search:
-            self.jobs = {}
-            for seed, *values in itertools.product(range(args.seeds), *(v.split(",") for v in self.space.values())):
-                cell = dict(zip(self.space, values, strict=True))
-                self.jobs[" ".join([*flags(cell), f"seed {seed}"])] = (cell, seed)
+        self.jobs: dict[str, tuple[dict[str, str], int]] = {}
+        if args.search:
+            self.jobs = {f"trial {k}": ({}, 0) for k in range(args.trials)}
+            return
+        for seed, *values in itertools.product(range(args.seeds), *(v.split(",") for v in self.space.values())):
+            cell = dict(zip(self.space, values, strict=True))
+            self.jobs[" ".join([*flags(cell), f"seed {seed}"])] = (cell, seed)
 
     def _ask_fit(self) -> dict[str, Any]:
         """Returns all settings that decide a result; ``fit`` knows them, and refuses what it does not know."""
@@ -113,12 +114,6 @@ class Plan:
         for name in ("trainer.default_root_dir", "data.data_dir", *self.space):  # another machine has other folders
             settings.pop(name, None)
         return settings
-
-    def command(self, settings: dict[str, Any], seed: int) -> tuple[list[str], Path]:
-        """Returns the command of a trial, and the folder of its runs, which no other settings share."""
-        name = f"{self.recipe}-{digest(self.settings, settings)}-seed{seed}"
-        own = ["--seed_everything", str(seed), "--name", name, "--ckpt_path", "auto"]
-        return [*self.fit, *flags(settings), *own, "--test", str(self.args.final).lower()], self.runs / name
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -210,18 +205,20 @@ def work(study: optuna.Study, plan: Plan) -> None:
 
 def train(study: optuna.Study, trial: Trial, plan: Plan) -> Training:
     """Runs a trial, then tells Optuna and the user how it ended. The generator yields True as long as it runs."""
-    settings = suggest(trial, plan.space)
-    command, parent = plan.command(settings, trial.user_attrs["seed"])
+    settings, seed = suggest(trial, plan.space), trial.user_attrs["seed"]
+    name = f"{plan.recipe}-{digest(plan.settings, settings)}-seed{seed}"  # no other settings write there
+    own = [f"--seed_everything={seed}", f"--name={name}", "--ckpt_path=auto", f"--test={str(plan.args.final).lower()}"]
+    parent = plan.runs / name
     parent.mkdir(parents=True, exist_ok=True)
     log = parent / "fit.log"
     value, state, note = None, TrialState.PRUNED, "pruned"
     try:
         with get_heartbeat_thread(trial._trial_id, study._storage):
-            code = yield from follow(trial, command, log)
+            code = yield from follow(trial, [*plan.fit, *flags(settings), *own], log)
         if code == 0:
             found = result(parent, plan.metric)
-            for name, number in found.items():
-                trial.set_user_attr(name, number)
+            for column, number in found.items():
+                trial.set_user_attr(column, number)
             value, state = found[plan.metric], TrialState.COMPLETE
             note = f"{plan.metric} {value:.2%}"
         elif code:
@@ -235,7 +232,7 @@ def train(study: optuna.Study, trial: Trial, plan: Plan) -> Training:
         raise UsageError(note)
     if code not in (None, 0, 1):  # something killed it
         queue_again(study, ended)
-    print(f"{' '.join([*flags(settings), parent.name])}  {note}  {progress(study)}", flush=True)
+    print(f"{' '.join([*flags(settings), name])}  {note}  {progress(study)}", flush=True)
 
 
 def follow(trial: Trial, command: list[str], log: Path) -> Generator[bool, None, int | None]:
@@ -244,7 +241,10 @@ def follow(trial: Trial, command: list[str], log: Path) -> Generator[bool, None,
     fit = None
     try:
         while True:
-            fit = fit or launch(command, log)
+            if fit is None:  # the log is the lock of its folder: one that lost its command may still run there
+                with log.open("ab") as file, contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fit = subprocess.Popen(command, stdout=file, stderr=file)
             code = fit.poll() if fit else None  # before the rows are read, so that none is missed
             known = storage.get_trial(trial._trial_id).intermediate_values
             for row in runs.read_results(newest(log.parent)):
@@ -261,16 +261,6 @@ def follow(trial: Trial, command: list[str], log: Path) -> Generator[bool, None,
         if fit:
             fit.terminate()
             fit.wait()
-
-
-def launch(command: list[str], log: Path) -> subprocess.Popen[bytes] | None:
-    """Starts a trial, unless one that lost its command still runs in this folder: the log is its lock."""
-    with log.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def newest(parent: Path) -> Path:
@@ -318,11 +308,10 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "std": std, "95 % from": mean - half, "95 % to": mean + half}
 
 
-def show(name: str, values: list[float], joint: str = " ± ") -> str:
-    """Formats a mean and its standard deviation, or an interval; accuracies in per cent."""
-    if name.endswith("acc"):
-        return joint.join(f"{100 * value:.2f}" for value in values) + " %" * bool(values)
-    return joint.join(f"{value:.4g}" for value in values)
+def show(name: str, stats: dict[str, float]) -> str:
+    """Formats a mean and, if there is one, its standard deviation; accuracies in per cent."""
+    scale, form, unit = (100, ".2f", " %") if name.endswith("acc") else (1, ".4g", "")
+    return " ± ".join(f"{scale * stats[key]:{form}}" for key in ("mean", "std") if key in stats) + unit
 
 
 def report(study: optuna.Study, plan: Plan) -> int:
@@ -337,13 +326,13 @@ def report(study: optuna.Study, plan: Plan) -> int:
     rows, numbers = [["settings", "n", *columns, "95 % interval", "binomial error"]], []
     for settings, cell in sorted(cells.items(), key=lambda item: -statistics.fmean(t.values[0] for t in item[1])):
         stats = {name: summary([trial.user_attrs[name] for trial in cell]) for name in columns}
-        mean, *spread = stats[plan.metric].values()
-        error = math.sqrt(mean * (1 - mean) / plan.images)
-        shown = [show(name, [*stats[name].values()][:2]) for name in columns]
-        interval = show(plan.metric, spread[1:], " to ")
-        rows.append([settings, str(len(cell)), *shown, interval, show(plan.metric, [error])])
+        score = stats[plan.metric]
+        error = math.sqrt(score["mean"] * (1 - score["mean"]) / plan.images)
         seeds = {trial.user_attrs["seed"]: trial.value for trial in cell}
         numbers.append({"settings": cell[0].params, "n": len(cell), "seeds": seeds, **stats, "binomial_error": error})
+        interval = f"{100 * score['95 % from']:.2f} to {100 * score['95 % to']:.2f} %" if "std" in score else ""
+        shown = [show(name, stats[name]) for name in columns]
+        rows.append([settings, str(len(cell)), *shown, interval, f"{100 * error:.2f} %"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, re.sub(r"[^|]", "-", lines[0]))
