@@ -15,8 +15,9 @@ whole bounds, and ends a trial early that does worse than the median. Trials are
 read no test image; ``--final`` scores a recipe that is chosen on the test images. The table goes to the screen and to
 ``runs/<study>.md``; the last line is JSON.
 
-On a machine with a GPU, ``fit`` chooses it by itself, and all trials share it; if its memory is too small for so many,
-give fewer ``--workers``. With several GPUs, give the command once for each: ``CUDA_VISIBLE_DEVICES=0 python …``.
+Where there is a GPU, ``fit`` chooses it by itself, and the trials of a machine share it; if its memory is too small for
+so many, give fewer ``--workers``. Of several GPUs a trial would take all; give the command once for each GPU instead,
+the first time as ``CUDA_VISIBLE_DEVICES=0 python scripts/trials.py …``: they take from one queue, too.
 """
 
 import argparse
@@ -57,14 +58,13 @@ except ImportError:
 FIT = [sys.executable, "-m", "lenet_pl", "fit"]
 PAUSE = 1.0  # seconds between two looks at the trials
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-stopped: list[int] = []  # the exit code of each signal that asked this command to stop
-Training = Generator[bool, None, None]
 COLUMNS = ("test_acc", "val_acc", "train_acc", "train_loss", "seconds", "s/epoch")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; for more the last one, a little too wide.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Queues a trial anew whose worker died or that was killed; not for ever, because it may be what kills.
+# Queues a trial anew that was killed, or whose command was; not for ever, because it may be what kills.
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 queue_again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=10)
+stopped: list[int] = []  # the exit code of each signal that asked this command to stop
 
 
 class Plan:
@@ -103,7 +103,8 @@ class Plan:
     def _ask_fit(self) -> dict[str, Any]:
         """Returns all settings that decide a result; ``fit`` knows them, and refuses what it does not know."""
         probe = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-        command = [*self.fit, *flags(suggest(probe, self.space)), "--print_config"]
+        drawn = {name: suggest(probe, name, values) for name, values in self.space.items()}
+        command = [*self.fit, *flags(drawn), "--print_config"]
         asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if asked.returncode:  # it has said why
             sys.exit(asked.returncode)
@@ -126,22 +127,18 @@ def digest(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def suggest(trial: Trial, space: dict[str, str]) -> dict[str, Any]:
-    """Returns a trial's settings: the queued ones of a grid, or what the search draws."""
-    settings: dict[str, Any] = {}
-    for name, values in space.items():
-        bounds, _, log = values.partition(":")
-        low, dots, high = bounds.partition("..")
-        try:
-            if not dots:
-                settings[name] = trial.suggest_categorical(name, values.split(","))
-            elif low.isdecimal() and high.isdecimal():
-                settings[name] = trial.suggest_int(name, int(low), int(high), log=bool(log))
-            else:
-                settings[name] = trial.suggest_float(name, float(low), float(high), log=bool(log))
-        except ValueError as error:
-            raise UsageError(f"{name}={values}: {error}; expected such as 0,0.05 or 1e-3..3e-2:log") from error
-    return settings
+def suggest(trial: Trial, name: str, values: str) -> Any:
+    """Returns a trial's value of one setting: the queued one of a grid, or one that the search draws."""
+    bounds, _, log = values.partition(":")
+    low, dots, high = bounds.partition("..")
+    try:
+        if not dots:
+            return trial.suggest_categorical(name, values.split(","))
+        if low.isdecimal() and high.isdecimal():
+            return trial.suggest_int(name, int(low), int(high), log=bool(log))
+        return trial.suggest_float(name, float(low), float(high), log=bool(log))
+    except ValueError as error:
+        raise UsageError(f"{name}={values}: {error}; expected such as 0,0.05 or 1e-3..3e-2:log") from error
 
 
 @contextlib.contextmanager
@@ -191,7 +188,7 @@ def claim(study: optuna.Study, plan: Plan) -> Trial | None:
 
 def work(study: optuna.Study, plan: Plan) -> None:
     """Runs trials until none is left, here or elsewhere: if another command dies, this one takes its trials over."""
-    running: list[Training] = []
+    running: list[Generator[bool]] = []
     try:
         while not stopped and study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
             while len(running) < plan.args.workers and (trial := claim(study, plan)):
@@ -203,9 +200,10 @@ def work(study: optuna.Study, plan: Plan) -> None:
             training.close()
 
 
-def train(study: optuna.Study, trial: Trial, plan: Plan) -> Training:
+def train(study: optuna.Study, trial: Trial, plan: Plan) -> Generator[bool]:
     """Runs a trial, then tells Optuna and the user how it ended. The generator yields True as long as it runs."""
-    settings, seed = suggest(trial, plan.space), trial.user_attrs["seed"]
+    settings = {name: suggest(trial, name, values) for name, values in plan.space.items()}
+    seed = trial.user_attrs["seed"]
     name = f"{plan.recipe}-{digest(plan.settings, settings)}-seed{seed}"  # no other settings write there
     own = [f"--seed_everything={seed}", f"--name={name}", "--ckpt_path=auto", f"--test={str(plan.args.final).lower()}"]
     parent = plan.runs / name
