@@ -49,7 +49,6 @@ try:
     import optuna
     import sqlalchemy
     from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-    from optuna.storages._heartbeat import get_heartbeat_thread
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError:
     print("error: trials need Optuna: pip install 'lenet_pl[trials]'", file=sys.stderr)
@@ -211,8 +210,7 @@ def train(study: optuna.Study, trial: Trial, plan: Plan) -> Generator[bool]:
     log = parent / "fit.log"
     value, state, note = None, TrialState.PRUNED, "pruned"
     try:
-        with get_heartbeat_thread(trial._trial_id, study._storage):
-            code = yield from follow(trial, [*plan.fit, *flags(settings), *own], log)
+        code = yield from follow(trial, [*plan.fit, *flags(settings), *own], log)
         if code == 0:
             found = result(parent, plan.metric)
             for column, number in found.items():
@@ -236,9 +234,12 @@ def train(study: optuna.Study, trial: Trial, plan: Plan) -> Generator[bool]:
 def follow(trial: Trial, command: list[str], log: Path) -> Generator[bool, None, int | None]:
     """Runs the process of a trial and reports its epochs; returns its exit code, or None if it was pruned."""
     storage: Any = trial.storage
-    fit = None
+    fit, beat = None, 0.0
     try:
         while True:
+            if time.monotonic() >= beat:
+                storage.record_heartbeat(trial._trial_id)
+                beat = time.monotonic() + storage.get_heartbeat_interval()
             if fit is None:  # the log is the lock of its folder: one that lost its command may still run there
                 with log.open("ab") as file, contextlib.suppress(BlockingIOError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -252,7 +253,7 @@ def follow(trial: Trial, command: list[str], log: Path) -> Generator[bool, None,
                 return code
             yield True
     except GeneratorExit:  # this command ends before the trial
-        with contextlib.suppress(UpdateFinishedTrialError):
+        with contextlib.suppress(UpdateFinishedTrialError, StorageInternalError):
             storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
         raise
     finally:
