@@ -7,13 +7,17 @@
 To go on after a kill or a power cut, give the same command again: what is finished is not run again, and what was cut
 short resumes from its last epoch. To use more machines, give it on each (or as a SLURM array) with the same
 ``--storage postgresql://USER@HOST/DATABASE``: all take from one queue, kept by Optuna, and take over the trials of a
-worker that died. ``optuna-dashboard sqlite:///runs/trials.db`` shows them.
+command that died. ``optuna-dashboard sqlite:///runs/trials.db`` shows them.
 
 A trial is a process, ``fit --ckpt_path auto`` into ``runs/<recipe>-<hash of the settings>-seed<S>``; further arguments,
 such as ``--trainer.max_epochs 30``, go to ``fit``. A search draws its settings with TPE, from whole numbers between
 whole bounds, and ends a trial early that does worse than the median. Trials are compared by validation accuracy and
 read no test image; ``--final`` scores a recipe that is chosen on the test images. The table goes to the screen and to
 ``runs/<study>.md``; the last line is JSON.
+
+Where there is a GPU, ``fit`` chooses it by itself, and the trials of a machine share it; if its memory is too small for
+so many, give fewer ``--workers``. Of several GPUs a trial would take all; give the command once for each GPU instead,
+the first time as ``CUDA_VISIBLE_DEVICES=0 python scripts/trials.py …``: they take from one queue, too.
 """
 
 import argparse
@@ -32,7 +36,7 @@ import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +47,23 @@ from lenet_pl.errors import UsageError, shorten, tell
 
 try:
     import optuna
-    from optuna.exceptions import UpdateFinishedTrialError
+    import sqlalchemy
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
     from optuna.trial import FrozenTrial, Trial, TrialState
-    from sqlalchemy import event
-    from sqlalchemy.exc import ArgumentError, DBAPIError
 except ImportError:
     print("error: trials need Optuna: pip install 'lenet_pl[trials]'", file=sys.stderr)
     sys.exit(2)
 
 FIT = [sys.executable, "-m", "lenet_pl", "fit"]
-PAUSE = 1.0  # seconds between two looks at a trial
-WAITING, RUNNING, FAIL = TrialState.WAITING, TrialState.RUNNING, TrialState.FAIL
-COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
+PAUSE = 1.0  # seconds between two looks at the trials
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 COLUMNS = ("test_acc", "val_acc", "train_acc", "train_loss", "seconds", "s/epoch")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; for more the last one, a little too wide.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Queues a trial anew whose worker died or that was killed; not for ever, because it may be what kills.
+# Queues a trial anew that was killed, or whose command was; not for ever, because it may be what kills.
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 queue_again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=10)
-stopped: list[int] = []  # the exit codes of what asked this command to stop
+stopped: list[int] = []  # the exit code of each signal that asked this command to stop
 
 
 class Plan:
@@ -74,45 +76,44 @@ class Plan:
     """
 
     def __init__(self, args: argparse.Namespace, rest: list[str]) -> None:
-        self.args, self.recipe, self.runs = args, Path(args.config).stem, Path(args.root) / "runs"
+        self.args = args
+        self.recipe = Path(args.config).stem
+        self.runs = Path(args.root) / "runs"
         self.metric = "test_acc" if args.final else "val_acc"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.storage = args.storage or f"sqlite:///{self.runs / 'trials.db'}?timeout=60"
+        self.engine = sqlalchemy.create_engine(self.storage)
         self.fit = [*FIT, "--config", args.config, "--threads", "1", *rest, "--trainer.default_root_dir", args.root]
         self.space = {name: values for name, _, values in (item.partition("=") for item in args.grid or args.search)}
-        if ".." in "".join(args.grid):
-            raise UsageError("--grid takes single values, such as model.dropout=0,0.05; --search takes a range")
         self.settings = self._ask_fit()
+        self.study = f"{self.recipe}-{digest(self.settings, self.space, bool(args.search), args.final)}"
         self.images = 10_000 if args.final else self.settings["data.val_size"]
         if not self.images:
             remedy = "add --data.val_size 10000, or --final if it is chosen and the test images shall score it"
             raise UsageError(f"{args.config} has no validation images to compare trials by: {remedy}")
-        self.jobs: dict[str, tuple[dict[str, str], int]] = {f"trial {k}": ({}, 0) for k in range(args.trials)}
-        if not args.search:
-            choices = itertools.product(*(values.split(",") for values in self.space.values()))
-            cells = [dict(zip(self.space, choice, strict=True)) for choice in choices]
-            seeds = range(args.seeds)
-            self.jobs = {" ".join([*flags(cell), f"seed {seed}"]): (cell, seed) for seed in seeds for cell in cells}
-        self.study = f"{self.recipe}-{digest(self.settings, self.space, bool(args.search), args.final)}"
+        self.jobs: dict[str, tuple[dict[str, str], int]] = {}
+        if args.search:
+            self.jobs = {f"trial {k}": ({}, 0) for k in range(args.trials)}
+            return
+        for seed, *values in itertools.product(range(args.seeds), *(v.split(",") for v in self.space.values())):
+            cell = dict(zip(self.space, values, strict=True))
+            self.jobs[" ".join([*flags(cell), f"seed {seed}"])] = (cell, seed)
 
     def _ask_fit(self) -> dict[str, Any]:
         """Returns all settings that decide a result; ``fit`` knows them, and refuses what it does not know."""
         probe = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-        command = [*self.fit, *flags({name: suggest(probe, name, values) for name, values in self.space.items()})]
-        asked = subprocess.run([*command, "--print_config"], stdout=subprocess.PIPE, text=True)
+        drawn = {name: suggest(probe, name, values) for name, values in self.space.items()}
+        command = [*self.fit, *flags(drawn), "--print_config"]
+        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if asked.returncode:  # it has said why
             sys.exit(asked.returncode)
         config = yaml.safe_load(asked.stdout)
-        settings: dict[str, Any] = {"threads": config["threads"]}
+        settings = {"threads": config["threads"]}
         for group in ("trainer", "model", "data"):
             settings |= {f"{group}.{name}": value for name, value in config[group].items()}
         for name in ("trainer.default_root_dir", "data.data_dir", *self.space):  # another machine has other folders
             settings.pop(name, None)
         return settings
-
-    def command(self, settings: dict[str, Any], seed: int) -> tuple[list[str], Path]:
-        """Returns the command of a trial, and the folder of its runs, which no other settings share."""
-        name = f"{self.recipe}-{digest(self.settings, settings)}-seed{seed}"
-        own = ["--seed_everything", str(seed), "--name", name, "--ckpt_path", "auto"]
-        return [*self.fit, *flags(settings), *own, "--test", str(self.args.final).lower()], self.runs / name
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -139,28 +140,24 @@ def suggest(trial: Trial, name: str, values: str) -> Any:
         raise UsageError(f"{name}={values}: {error}; expected such as 0,0.05 or 1e-3..3e-2:log") from error
 
 
-def open_study(plan: Plan) -> optuna.Study:
-    """Opens the queue, and adds the trials that are neither in it nor done."""
-    url, heartbeat = plan.args.storage, plan.args.heartbeat
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    signs = {"heartbeat_interval": heartbeat, "grace_period": 6 * heartbeat}
-    for attempt in range(5):
-        try:
-            storage = optuna.storages.RDBStorage(url, options, heartbeat_stale_trial_callback=queue_again, **signs)
-            break
-        except DBAPIError:  # perhaps another machine is making the same tables just now
-            if attempt == 4:
-                raise
-            time.sleep(PAUSE)
-    if url.startswith("sqlite"):  # it locks only when it writes: two workers could read that the same trial waits
-        storage.engine.dispose()
-        event.listen(storage.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
-        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    median = optuna.pruners.MedianPruner(n_warmup_steps=(plan.settings["trainer.max_epochs"] or 0) // 5)
-    with storage.engine.connect() as connection, (plan.runs / "trials.lock").open("w") as file:  # one command at a time
+@contextlib.contextmanager
+def alone(plan: Plan) -> Iterator[None]:
+    """Keeps other commands away from the queue: those of this machine by a file, all others by PostgreSQL."""
+    with (plan.runs / "trials.lock").open("w") as file, plan.engine.connect() as connection:
         fcntl.flock(file, fcntl.LOCK_EX)
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(5)")
+        yield
+
+
+def open_study(plan: Plan) -> optuna.Study:
+    """Opens the queue, and adds the trials that are neither in it nor done."""
+    beat = plan.args.heartbeat
+    median = optuna.pruners.MedianPruner(n_warmup_steps=(plan.settings["trainer.max_epochs"] or 0) // 5)
+    with alone(plan):
+        storage = optuna.storages.RDBStorage(
+            plan.storage, heartbeat_interval=beat, grace_period=6 * beat, heartbeat_stale_trial_callback=queue_again
+        )
         study = optuna.create_study(
             storage=storage,
             study_name=plan.study,
@@ -169,129 +166,135 @@ def open_study(plan: Plan) -> optuna.Study:
             sampler=optuna.samplers.TPESampler(constant_liar=True),  # it keeps away from what is running
             pruner=median if plan.args.search else optuna.pruners.NopPruner(),
         )
-        there = {trial.user_attrs["job"] for trial in study.trials if trial.state != FAIL}
+        there = {trial.user_attrs["job"] for trial in study.trials if trial.state != TrialState.FAIL}
         for job, (settings, seed) in plan.jobs.items():
             if job not in there:
                 study.enqueue_trial(settings, user_attrs={"job": job, "seed": seed})
     return study
 
 
-def claim(study: optuna.Study) -> Trial | None:
-    """Takes a trial out of the queue, which no other worker gets; ``Study.ask`` would make up a new one in the end."""
-    optuna.storages.fail_stale_trials(study)  # those of dead workers wait again
+def claim(study: optuna.Study, plan: Plan) -> Trial | None:
+    """Takes a trial out of the queue, if there is one; ``Study.ask`` would make up another when it is empty."""
     storage: Any = study._storage
-    for trial in study.get_trials(deepcopy=False, states=(WAITING,)):
-        storage.record_heartbeat(trial._trial_id)  # first, or nobody notices if this worker dies here
-        with contextlib.suppress(UpdateFinishedTrialError):  # another worker has even finished it
-            if storage.set_trial_state_values(trial._trial_id, RUNNING):
-                return Trial(study, trial._trial_id)
+    with alone(plan):  # SQLite locks only when it writes: two commands could read that the same trial waits
+        optuna.storages.fail_stale_trials(study)  # those of dead commands wait again
+        for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            storage.record_heartbeat(waiting._trial_id)  # first, or nobody notices if this command dies here
+            storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+            return Trial(study, waiting._trial_id)
     return None
 
 
 def work(study: optuna.Study, plan: Plan) -> None:
-    """Runs trials until none is left, here or on other machines."""
-    while not stopped:
-        if trial := claim(study):
-            with contextlib.suppress(UpdateFinishedTrialError):  # this worker was taken for dead, another has the trial
-                train(study, trial, plan)
-        elif study.get_trials(deepcopy=False, states=(RUNNING,)):
-            time.sleep(PAUSE)  # if its worker dies, this one takes it over
-        else:
-            return
-
-
-def train(study: optuna.Study, trial: Trial, plan: Plan) -> None:
-    """Runs a trial to its end, and tells Optuna and the user how it ended."""
-    settings = {name: suggest(trial, name, values) for name, values in plan.space.items()}
-    command, parent = plan.command(settings, trial.user_attrs["seed"])
-    parent.mkdir(parents=True, exist_ok=True)
-    log = parent / "fit.log"
-    code = follow(trial, command, log, plan)
-    if stopped:
-        trial.storage.set_trial_state_values(trial._trial_id, WAITING)
-        return
-    note = "pruned"
-    if code is None:
-        study.tell(trial, state=PRUNED, skip_if_finished=True)
-    elif code == 0:
-        found = result(parent, plan.metric)
-        for name, value in found.items():
-            trial.set_user_attr(name, value)
-        study.tell(trial, found[plan.metric], skip_if_finished=True)
-        note = f"{plan.metric} {found[plan.metric]:.2%}"
-    else:
-        failed = study.tell(trial, state=FAIL, skip_if_finished=True)
-        errors = re.findall("^error: (.*)", log.read_text("utf-8", "replace"), re.MULTILINE)
-        note = f"exit code {code}: {shorten(errors[-1]) if errors else ''} ({log})"
-        if code == 2:  # wrong use, so the other trials would end as this one
-            raise UsageError(note)
-        if code != 1:  # something killed it
-            queue_again(study, failed)
-    print(f"{' '.join([*flags(settings), parent.name])}  {note}  {progress(study)}", flush=True)
-
-
-def follow(trial: Trial, command: list[str], log: Path, plan: Plan) -> int | None:
-    """Runs the process of a trial and reports its epochs; returns its exit code, or None if it was stopped."""
-    storage: Any = trial.storage
-    epoch, beat, process = max(storage.get_trial(trial._trial_id).intermediate_values, default=0), 0.0, None
+    """Runs trials until none is left, here or elsewhere: if another command dies, this one takes its trials over."""
+    running: list[Generator[bool]] = []
     try:
-        while not stopped:
-            if time.monotonic() >= beat:
-                storage.record_heartbeat(trial._trial_id)
-                beat = time.monotonic() + plan.args.heartbeat
-            process = process or launch(command, log)
-            code = process.poll() if process else None  # before the rows are read, so that none is missed
-            for folder in runs.all_runs(plan.runs, log.parent.name)[:1]:
-                for row in runs.read_results(folder):
-                    if row["val_acc"] and int(row["epoch"]) > epoch:
-                        epoch = int(row["epoch"])
-                        trial.report(float(row["val_acc"]), epoch)
-            if code is not None:
-                return code
-            if process and trial.should_prune():
-                break
+        while not stopped and study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
+            while len(running) < plan.args.workers and (trial := claim(study, plan)):
+                running.append(train(study, trial, plan))
+            running = [training for training in running if next(training, False)]
             time.sleep(PAUSE)
     finally:
-        if process:
-            process.terminate()
-            process.wait()
-    return None
+        for training in running:
+            training.close()
 
 
-def launch(command: list[str], log: Path) -> subprocess.Popen[bytes] | None:
-    """Starts a trial, unless one that lost its worker still runs in this folder: the log is its lock."""
-    with log.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return subprocess.Popen(command, stdout=file, stderr=file)
+def train(study: optuna.Study, trial: Trial, plan: Plan) -> Generator[bool]:
+    """Runs a trial, then tells Optuna and the user how it ended. The generator yields True as long as it runs."""
+    settings = {name: suggest(trial, name, values) for name, values in plan.space.items()}
+    seed = trial.user_attrs["seed"]
+    name = f"{plan.recipe}-{digest(plan.settings, settings)}-seed{seed}"  # no other settings write there
+    own = [f"--seed_everything={seed}", f"--name={name}", "--ckpt_path=auto", f"--test={str(plan.args.final).lower()}"]
+    parent = plan.runs / name
+    parent.mkdir(parents=True, exist_ok=True)
+    log = parent / "fit.log"
+    value, state, note = None, TrialState.PRUNED, "pruned"
+    try:
+        code = yield from follow(trial, [*plan.fit, *flags(settings), *own], log)
+        if code == 0:
+            found = result(parent, plan.metric)
+            for column, number in found.items():
+                trial.set_user_attr(column, number)
+            value, state = found[plan.metric], TrialState.COMPLETE
+            note = f"{plan.metric} {value:.2%}"
+        elif code:
+            errors = re.findall("^error: (.*)", log.read_text("utf-8", "replace"), re.MULTILINE)
+            state = TrialState.FAIL
+            note = f"exit code {code}: {shorten(errors[-1]) if errors else ''} ({log})"
+        ended = study.tell(trial, value, state, skip_if_finished=True)
+    except UpdateFinishedTrialError:  # this command was taken for dead, and another has the trial
+        return
+    if code == 2:  # wrong use, so the other trials would end as this one
+        raise UsageError(note)
+    if code not in (None, 0, 1):  # something killed it
+        queue_again(study, ended)
+    print(f"{' '.join([*flags(settings), name])}  {note}  {progress(study)}", flush=True)
+
+
+def follow(trial: Trial, command: list[str], log: Path) -> Generator[bool, None, int | None]:
+    """Runs the process of a trial and reports its epochs; returns its exit code, or None if it was pruned."""
+    storage: Any = trial.storage
+    fit, beat = None, 0.0
+    try:
+        while True:
+            if time.monotonic() >= beat:
+                storage.record_heartbeat(trial._trial_id)
+                beat = time.monotonic() + storage.get_heartbeat_interval()
+            if fit is None:  # the log is the lock of its folder: one that lost its command may still run there
+                with log.open("ab") as file, contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fit = subprocess.Popen(command, stdout=file, stderr=file)
+            code = fit.poll() if fit else None  # before the rows are read, so that none is missed
+            known = storage.get_trial(trial._trial_id).intermediate_values
+            for row in runs.read_results(newest(log.parent)):
+                if row["val_acc"] and int(row["epoch"]) not in known:
+                    trial.report(float(row["val_acc"]), int(row["epoch"]))
+            if code is not None or trial.should_prune():
+                return code
+            yield True
+    except GeneratorExit:  # this command ends before the trial
+        with contextlib.suppress(UpdateFinishedTrialError, StorageInternalError):
+            storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        raise
+    finally:
+        if fit:
+            fit.terminate()
+            fit.wait()
+
+
+def newest(parent: Path) -> Path:
+    """Returns the newest run in a folder, or the folder itself if there is none."""
+    return next(iter(runs.all_runs(parent.parent, parent.name)), parent)
+
+
+def result(parent: Path, metric: str) -> dict[str, float]:
+    """Reads the newest run in a folder: the accuracy of its best epoch, and those of training of the last."""
+    run = newest(parent)
+    rows = runs.read_results(run)
+    validated = [float(row["val_acc"]) for row in rows if row["val_acc"]]
+    if not rows or not (validated or metric == "test_acc"):
+        raise UsageError(f"{parent} has no {metric} to compare trials by: leave out what keeps fit from it")
+    seconds = [float(row["seconds"]) for row in rows]
+    found = {"seconds": sum(seconds), "s/epoch": statistics.median(seconds)}
+    found |= {name: float(rows[-1][name]) for name in ("train_acc", "train_loss")}
+    if validated:
+        found["val_acc"] = max(validated)
+    if metric == "test_acc":
+        found["test_acc"] = json.loads((run / runs.SCORE).read_text("utf-8"))["test_acc"]
+    return found
 
 
 def progress(study: optuna.Study) -> str:
     """Says how many trials are done, and how long the others will take."""
     trials = study.get_trials(deepcopy=False)
-    done = [t.duration.total_seconds() for t in trials if t.state in (COMPLETE, PRUNED) and t.duration]
-    left = [t.state for t in trials if t.state in (RUNNING, WAITING)]
-    side_by_side = min(left.count(RUNNING) + 1, len(left))
-    time_left = f", {statistics.fmean(done) * len(left) / side_by_side / 60:.1f} minutes left" if done and left else ""
-    return f"{len(done)}/{len(done) + len(left)} done{time_left}"
-
-
-def result(parent: Path, metric: str) -> dict[str, float]:
-    """Reads the newest run in a folder: the accuracy of its best epoch, and those of training of the last."""
-    for folder in runs.all_runs(parent.parent, parent.name)[:1]:
-        rows = runs.read_results(folder)
-        seconds = [float(row["seconds"]) for row in rows]
-        found = {"train_acc": float(rows[-1]["train_acc"]), "train_loss": float(rows[-1]["train_loss"])}
-        found |= {"seconds": sum(seconds), "s/epoch": statistics.median(seconds)}
-        if validated := [float(row["val_acc"]) for row in rows if row["val_acc"]]:
-            found["val_acc"] = max(validated)
-        if metric == "test_acc":
-            found["test_acc"] = json.loads((folder / runs.SCORE).read_text("utf-8"))["test_acc"]
-        if metric in found:
-            return found
-    raise UsageError(f"{parent} has no {metric} to compare trials by: leave out what keeps fit from it")
+    seconds = [trial.duration.total_seconds() for trial in trials if trial.state in DONE and trial.duration]
+    running = sum(trial.state == TrialState.RUNNING for trial in trials)
+    left = running + sum(trial.state == TrialState.WAITING for trial in trials)
+    text = f"{len(seconds)}/{len(seconds) + left} done"
+    if seconds and left:
+        side_by_side = min(running + 1, left)  # the place of the trial that just ended is free
+        text += f", {statistics.fmean(seconds) * left / side_by_side / 60:.1f} minutes left"
+    return text
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -304,18 +307,17 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "std": std, "95 % from": mean - half, "95 % to": mean + half}
 
 
-def show(name: str, values: list[float], joint: str = " ± ") -> str:
-    """Formats a mean and its standard deviation, or an interval; accuracies in per cent."""
-    if name.endswith("acc"):
-        return joint.join(f"{100 * value:.2f}" for value in values) + " %" * bool(values)
-    return joint.join(f"{value:.4g}" for value in values)
+def show(name: str, stats: dict[str, float]) -> str:
+    """Formats a mean and, if there is one, its standard deviation; accuracies in per cent."""
+    scale, form, unit = (100, ".2f", " %") if name.endswith("acc") else (1, ".4g", "")
+    return " ± ".join(f"{scale * stats[key]:{form}}" for key in ("mean", "std") if key in stats) + unit
 
 
 def report(study: optuna.Study, plan: Plan) -> int:
     """Prints and writes the table, a row for each settings, the best first; returns 1 if a trial failed."""
-    done = {trial.user_attrs["job"]: trial for trial in study.trials if trial.state in (COMPLETE, PRUNED)}
+    done = {trial.user_attrs["job"]: trial for trial in study.trials if trial.state in DONE}
     trials = [done[job] for job in plan.jobs if job in done]
-    complete = [trial for trial in trials if trial.state == COMPLETE]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     cells: dict[str, list[FrozenTrial]] = {}
     for trial in complete:
         cells.setdefault(" ".join(f"{k}={v}" for k, v in trial.params.items()) or plan.recipe, []).append(trial)
@@ -323,34 +325,27 @@ def report(study: optuna.Study, plan: Plan) -> int:
     rows, numbers = [["settings", "n", *columns, "95 % interval", "binomial error"]], []
     for settings, cell in sorted(cells.items(), key=lambda item: -statistics.fmean(t.values[0] for t in item[1])):
         stats = {name: summary([trial.user_attrs[name] for trial in cell]) for name in columns}
-        mean, *spread = stats[plan.metric].values()
-        error = math.sqrt(mean * (1 - mean) / plan.images)
-        shown = [show(name, [*stats[name].values()][:2]) for name in columns]
-        interval = show(plan.metric, spread[1:], " to ")
-        rows.append([settings, str(len(cell)), *shown, interval, show(plan.metric, [error])])
+        score = stats[plan.metric]
+        error = math.sqrt(score["mean"] * (1 - score["mean"]) / plan.images)
         seeds = {trial.user_attrs["seed"]: trial.value for trial in cell}
         numbers.append({"settings": cell[0].params, "n": len(cell), "seeds": seeds, **stats, "binomial_error": error})
+        interval = f"{100 * score['95 % from']:.2f} to {100 * score['95 % to']:.2f} %" if "std" in score else ""
+        shown = [show(name, stats[name]) for name in columns]
+        rows.append([settings, str(len(cell)), *shown, interval, f"{100 * error:.2f} %"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, re.sub(r"[^|]", "-", lines[0]))
     command = re.sub(r"(?<=://)[^/@\s]*@", "", shlex.join(sys.argv))  # without user and password
-    text = "\n".join(
-        [
-            f"`python {command}`",
-            "",
-            *lines,
-            "",
-            f"{len(complete)} trials complete, {len(trials) - len(complete)} pruned",
-        ]
-    )
+    count = f"{len(complete)} trials complete, {len(trials) - len(complete)} pruned"
+    text = "\n".join([f"`python {command}`", "", *lines, "", count])
     (plan.runs / f"{plan.study}.md").write_text(text + "\n", "utf-8")
     print(text)
     print(json.dumps({"study": plan.study, "metric": plan.metric, "images": plan.images, "table": numbers}))
     return int(len(trials) < len(plan.jobs))
 
 
-def main() -> int:
-    """Runs the trials that are missing, then prints and writes the table; returns the exit code."""
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options of this command, and the arguments of ``fit``."""
     parser = argparse.ArgumentParser(
         usage="trials.py --config FILE [--seeds N] [--grid NAME=A,B ... | --search NAME=LOW..HIGH ...] [fit arguments]",
         description=__doc__,
@@ -358,50 +353,49 @@ def main() -> int:
         allow_abbrev=False,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--config", required=True, help="the recipe")
-    parser.add_argument("--seeds", type=int, default=5, help="of each settings: 0, 1, … (default 5)")
-    parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=A,B", help="trains all combinations")
-    parser.add_argument(
-        "--search", nargs="+", default=[], metavar="NAME=LOW..HIGH[:log]", help="draws the settings; seed 0"
-    )
-    parser.add_argument("--trials", type=int, default=20, help="of a search (default 20)")
-    parser.add_argument("--final", action="store_true", help="score a chosen recipe on the test images")
-    parser.add_argument("--workers", type=int, default=cores, help=f"trials at a time (default {cores}, the cores)")
-    parser.add_argument("--storage", help="URL of a database (default SQLite in runs/trials.db)")
-    parser.add_argument("--heartbeat", type=int, default=10, help="seconds; silent for 6 of them is dead (default 10)")
-    parser.add_argument("--trainer.default_root_dir", dest="root", default=".", help="where runs/ lies (default .)")
+    add = parser.add_argument
+    add("--config", required=True, help="the recipe")
+    add("--seeds", type=int, default=5, help="of each settings: 0, 1, … (default 5)")
+    add("--grid", nargs="+", default=[], metavar="NAME=A,B", help="trains all combinations")
+    add("--search", nargs="+", default=[], metavar="NAME=LOW..HIGH[:log]", help="draws the settings; seed 0")
+    add("--trials", type=int, default=20, help="of a search (default 20)")
+    add("--final", action="store_true", help="score a chosen recipe on the test images")
+    add("--workers", type=int, default=cores, help=f"trials at a time (default {cores}, the cores)")
+    add("--storage", help="URL of a database (default SQLite in runs/trials.db)")
+    add("--heartbeat", type=int, default=10, help="seconds; silent for 6 of them is dead (default 10)")
+    add("--trainer.default_root_dir", dest="root", default=".", help="where runs/ lies (default .)")
     args, rest = parser.parse_known_args()
     if sum(map(bool, (args.grid, args.search, args.final))) > 1:
         parser.error("--grid, --search and --final exclude each other: the test images are for what is chosen")
+    if ".." in "".join(args.grid):
+        parser.error("--grid takes single values, such as model.dropout=0,0.05; --search takes a range")
     for name in ("seeds", "trials", "workers", "heartbeat"):
         if vars(args)[name] < 1:
             parser.error(f"--{name} {vars(args)[name]}: expected at least 1")
+    return args, rest
+
+
+def main() -> int:
+    """Runs the trials that are missing, then prints and writes the table; returns the exit code."""
+    args, rest = parse()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         signal.signal(number, lambda *_, code=code: stopped.append(code))
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = None
     try:
         plan = Plan(args, rest)
-        plan.runs.mkdir(parents=True, exist_ok=True)
-        args.storage = args.storage or f"sqlite:///{plan.runs / 'trials.db'}"
         study = open_study(plan)
         print(f"study {plan.study}: {progress(study)}, {args.workers} at a time", flush=True)
-        with ThreadPoolExecutor(args.workers) as pool:
-            try:
-                for worker in as_completed([pool.submit(work, study, plan) for _ in range(args.workers)]):
-                    worker.result()
-            except BaseException:
-                stopped.append(2)
-                raise
+        work(study, plan)
         if stopped:
             print("Stopped; the same command goes on where this one ended.", file=sys.stderr)
             return stopped[0]
         return report(study, plan)
-    except (UsageError, ArgumentError, ImportError) as error:  # ImportError: the database's driver
-        return tell(UsageError(shorten(str(error))), 2)
-    except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
-        why = shorten(str(error.__cause__ or error))
-        return tell(UsageError(f"{args.storage.split(':')[0]}: {why}"), 1 if study else 2)
+    except UsageError as error:
+        return tell(error, 2)
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # ImportError: no driver
+        scheme = (args.storage or "sqlite").split(":")[0]
+        return tell(UsageError(f"{scheme}: {shorten(str(error.__cause__ or error))}"), 1 if study else 2)
     except OSError as error:
         return tell(error, 1)
 
