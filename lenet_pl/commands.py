@@ -21,9 +21,9 @@ say = rank_zero_only(print)
 def fit(cli: CLI) -> None:
     """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
     folder = cli.run_folder
-    if cli.folder and cli.config.ckpt_path == "auto" and _is_finished(cli):
-        say(f"{cli.folder} is finished: {(cli.folder / runs.FINISHED).read_text('utf-8').strip()}")
-        if not cli.config.test or (cli.folder / runs.SCORE).is_file():
+    if cli.resumed and cli.config.ckpt_path == "auto" and _is_finished(cli):
+        say(f"{cli.resumed} is finished: {(cli.resumed / runs.FINISHED).read_text('utf-8').strip()}")
+        if not cli.config.test or (cli.resumed / runs.SCORE).is_file():
             return
     else:
         if cli.path:
@@ -53,8 +53,8 @@ def _is_finished(cli: CLI) -> bool:
     Raises:
         UsageError: If it is finished but was trained with other settings.
     """
-    assert cli.folder is not None
-    if not (cli.folder / runs.FINISHED).is_file():
+    assert cli.resumed is not None
+    if not (cli.resumed / runs.FINISHED).is_file():
         return False
     old, new = cli.stored, cli.config
     if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
@@ -63,7 +63,7 @@ def _is_finished(cli: CLI) -> bool:
     for name in ("seed_everything", "trainer.precision", *decisive):
         if name != "data.data_dir" and old[name] != new[name]:
             change = f"{name}: {old[name]} before, {new[name]} now"
-            raise UsageError(f"{cli.folder} is finished, but with other settings ({change}); choose another --name")
+            raise UsageError(f"{cli.resumed} is finished, but with other settings ({change}); choose another --name")
     return True
 
 
