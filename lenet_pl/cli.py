@@ -13,32 +13,26 @@ from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
-import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lenet_pl import checks, configs, runs
-from lenet_pl.callbacks import BestCheckpoint, EpochBar, LastCheckpoint, RunFolder, RunLogger, Summary
-from lenet_pl.checkpoint import AtomicCheckpointIO, load_ours
+from lenet_pl.callbacks import RunFolder
+from lenet_pl.checkpoint import load_ours
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import CheckpointError, UsageError, explain
 from lenet_pl.module import LitLeNet
+from lenet_pl.trainer import TRAINER_DEFAULTS, completed, set_threads
 
 # ``fit --help`` opens with these.
 COMMON = (
     "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
     "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift"
 )
-# Trainer's own defaults leave the length open and validate untrained weights first.
-TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
 # Options of the Trainer that take objects with options of their own.
 PIECES = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
-# One process trains LeNet-5 at batch 32 in 7.0, 5.1, 4.5, 4.7, 3.8, 3.3 s an epoch with 1, 2, 3, 4, 6, 8 threads
-# (16-core Xeon). More than 4 gain little, and other programs can use the cores.
-MOST_THREADS = 4
 
 
 class CLI(LightningCLI):
@@ -148,19 +142,7 @@ class CLI(LightningCLI):
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         self.resumed = runs.folder_of(self.path) if is_fit else None
-        return configs.of_run(self.resumed) if self.resumed else self._settings_of_checkpoint()
-
-    def _settings_of_checkpoint(self) -> dict[str, Any]:
-        """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
-        data = dict(self.checkpoint["datamodule_hyper_parameters"])
-        if not Path(data.get("data_dir", "")).is_dir():  # the checkpoint comes from another machine
-            data.pop("data_dir", None)
-        return {
-            "model": self.checkpoint["hyper_parameters"],
-            "data": data,
-            "seed_everything": self.checkpoint["seed"] % 2**32,
-            "trainer": {"precision": self.checkpoint.get("precision")},
-        }
+        return configs.of_run(self.resumed) if self.resumed else configs.of_checkpoint(self.checkpoint)
 
     def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:
         """Parses the settings of a checkpoint, without adding defaults."""
@@ -174,14 +156,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Sets the number of threads."""
-        devices = str(self.config.trainer.devices)
-        processes = int(devices) if devices.isdecimal() else 1
-        if self.config.threads is None:
-            self.config.threads = max(1, min(torch.get_num_threads(), MOST_THREADS) // max(1, processes))
-        threads: int = self.config.threads
-        torch.set_num_threads(threads)
-        if processes > 1:
-            os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # otherwise Lightning sets another number
+        self.config.threads = set_threads(self.config.threads, str(self.config.trainer.devices))
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer. A value that they refuse is wrong use."""
@@ -205,48 +180,17 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the Trainer with the callbacks, the logger and the checkpoint plugin that the command needs."""
         options = self.config_init.trainer
-        callbacks = _listed(options.callbacks)
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
             self.run_folder = RunFolder(parent, self._saved_config(parent.name), self.resumed)
-            callbacks += [self.run_folder, *self._callbacks_of_training(options)]
-            kwargs["max_time"] = None  # one of these callbacks looks at the time
-            kwargs["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one block
-        if options.logger in (None, True):
-            step = self.checkpoint.get("global_step", 0)
-            kwargs["logger"] = RunLogger(self.run_folder, step) if self.run_folder else False
-        shows_bar = options.enable_progress_bar
-        if shows_bar is None:
-            shows_bar = sys.stdout.isatty() and not options.barebones
-        if shows_bar and not _has(options.callbacks, ProgressBar):
-            callbacks.append(EpochBar())
-        # Otherwise Lightning adds its own.
-        kwargs["enable_model_summary"] = False
-        if not _has(callbacks, ProgressBar):
-            kwargs["enable_progress_bar"] = False
-        if not _has(callbacks, Checkpoint):
-            kwargs["enable_checkpointing"] = False
+        kwargs |= completed(options, self.run_folder, self.datamodule, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
-        kwargs["plugins"] = [*_listed(options.plugins), AtomicCheckpointIO()]
-        kwargs["callbacks"] = callbacks
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         # Lightning's signal handlers wait for other processes, save within an epoch, and end with exit code 0 (its
         # issue 19916). Ours are in process.py.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
-
-    def _callbacks_of_training(self, options: Namespace) -> list[Callback]:
-        """Returns the callbacks that a training gets beside the user's and its run folder."""
-        callbacks: list[Callback] = []
-        validates = self.datamodule.val_size and options.limit_val_batches != 0
-        if options.enable_checkpointing is not False:
-            callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
-        if options.enable_model_summary is not False and not _has(options.callbacks, ModelSummary):
-            callbacks.append(Summary())
-        if options.max_time:  # it ends a training at the end of an epoch, from which the run can be resumed
-            callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
-        return callbacks
 
     def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
@@ -264,16 +208,6 @@ def _name(given: Namespace) -> str | None:
     if name is not None:
         checks.check_name(name)
     return name
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _has(callbacks: Any, kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in _listed(callbacks))
 
 
 def _help(parser: LightningArgumentParser, command: str) -> str:

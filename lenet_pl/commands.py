@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import process, runs
 from lenet_pl.atomic import write_atomic
+from lenet_pl.callbacks import rounded_metrics
 from lenet_pl.cli import CLI
+from lenet_pl.console import shown
 from lenet_pl.errors import UsageError, tell
 from lenet_pl.names import one_line, quoted
 
@@ -70,8 +72,8 @@ def _is_finished(cli: CLI) -> bool:
 def validate(cli: CLI) -> None:
     """Scores a checkpoint on the validation images."""
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.path, verbose=False)
-    metrics = _metrics(cli)
-    say(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
+    metrics = rounded_metrics(cli.trainer)
+    say("  ".join(f"{name} {shown(name, metrics[name])}" for name in ("val_acc", "val_loss")))
 
 
 def test(cli: CLI) -> None:
@@ -83,7 +85,7 @@ def test(cli: CLI) -> None:
 def _score(cli: CLI, path: Path) -> None:
     """Scores a checkpoint on the test images, writes test.json and prints the accuracy."""
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
-    metrics = _metrics(cli)
+    metrics = rounded_metrics(cli.trainer)
     result = {
         "test_acc": metrics["test_acc"],
         "test_loss": metrics["test_loss"],
@@ -95,10 +97,6 @@ def _score(cli: CLI, path: Path) -> None:
         folder = runs.folder_of(path) or runs.beside(path)
         write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
-
-
-def _metrics(cli: CLI) -> dict[str, float]:
-    return {name: round(float(value), 6) for name, value in cli.trainer.callback_metrics.items()}
 
 
 def predict(cli: CLI) -> None:
@@ -135,7 +133,7 @@ def demo(cli: CLI) -> None:
     app.serve(cli.model, cli.datamodule, cli.config.port)
 
 
-COMMANDS = {function.__name__: function for function in (fit, validate, test, predict, report, export, demo)}
+_FUNCTIONS = {function.__name__: function for function in (fit, validate, test, predict, report, export, demo)}
 
 
 def run(command: str, args: list[str]) -> int:
@@ -147,7 +145,7 @@ def run(command: str, args: list[str]) -> int:
             cli = CLI(command, args)
             if command != "fit":
                 say(f"checkpoint: {one_line(cli.path or '')}")
-            COMMANDS[command](cli)
+            _FUNCTIONS[command](cli)
     except process.Stopped as stop:
         if command == "fit":
             say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
@@ -165,7 +163,7 @@ def run(command: str, args: list[str]) -> int:
 
 def _how_to_go_on(cli: CLI | None) -> str:
     """Returns the end of a sentence that says how to resume a stopped training."""
-    if cli is None or cli.command != "fit" or cli.run_folder is None:
+    if cli is None or cli.run_folder is None:
         return ""
     launcher: Any = cli.trainer.strategy.launcher
     if hasattr(launcher, "kill"):  # Lightning started other processes

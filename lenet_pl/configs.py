@@ -110,3 +110,16 @@ def of_run(folder: Path) -> dict[str, Any]:
     settings = dict(yaml.safe_load(read(str(folder / CONFIG))))
     settings.pop("ckpt_path", None)
     return settings
+
+
+def of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
+    data = dict(checkpoint["datamodule_hyper_parameters"])
+    if not Path(data.get("data_dir", "")).is_dir():  # the checkpoint comes from another machine
+        data.pop("data_dir", None)
+    return {
+        "model": checkpoint["hyper_parameters"],
+        "data": data,
+        "seed_everything": checkpoint["seed"] % 2**32,
+        "trainer": {"precision": checkpoint.get("precision")},
+    }
