@@ -36,11 +36,7 @@ PIECES = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", 
 
 
 class CLI(LightningCLI):
-    """The options of one command, and the data, model and trainer that they describe.
-
-    Args:
-        command: Such as ``fit``.
-        args: The arguments after the command.
+    """The options of one command, such as ``fit``, and the data, model and trainer that they describe.
 
     Attributes:
         path: The checkpoint's file, if the command starts from a checkpoint.
@@ -97,7 +93,7 @@ class CLI(LightningCLI):
         if {"-h", "--help"} & set(args):
             print(_help(parser, self.command))
             sys.exit(0)
-        # jsonargparse would take one picture only, and would read a file name such as [a] as a list.
+        # jsonargparse would take only one picture, and would read a file name such as [a] as a list.
         pictures = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         pictures.add_argument("--data.images", dest="names", nargs="*", action="extend")
         taken, args = pictures.parse_known_args(args)
@@ -178,7 +174,7 @@ class CLI(LightningCLI):
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the Trainer with the callbacks, the logger and the checkpoint plugin that the command needs."""
+        """Builds the Trainer, for a training with a run folder."""
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
@@ -216,7 +212,6 @@ def _help(parser: LightningArgumentParser, command: str) -> str:
     blocks = re.split(r"\n(?=  -)", text)[1:]  # one for each option, without the usage
     first = []
     for name in COMMON.split():
-        first += [block.split("\n\n")[0] for block in blocks if re.search(rf"--{re.escape(name)} ", block[:80])][:1]
-    return "\n".join(
-        [f"lenet-pl {command}: the options that people change most", "", *first, "", "All options", "", text]
-    )
+        first += [block.split("\n\n")[0] for block in blocks if f"--{name} " in block[:80]]
+    title = f"lenet-pl {command}: the options that people change most"
+    return "\n".join([title, "", *first, "", "All options", "", text])

@@ -23,13 +23,11 @@ say = rank_zero_only(print)
 def fit(cli: CLI) -> None:
     """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
     folder = cli.run_folder
-    if cli.resumed and cli.config.ckpt_path == "auto" and _is_finished(cli):
-        say(f"{cli.resumed} is finished: {(cli.resumed / runs.FINISHED).read_text('utf-8').strip()}")
-        if not cli.config.test or (cli.resumed / runs.SCORE).is_file():
+    if folder and cli.config.ckpt_path == "auto" and _is_finished(cli, folder.path):
+        say(f"{folder.path} is finished: {(folder.path / runs.FINISHED).read_text('utf-8').strip()}")
+        if not cli.config.test or (folder.path / runs.SCORE).is_file():
             return
     else:
-        if cli.path:
-            say(f"checkpoint: {one_line(cli.path)}")
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
             if folder:
@@ -49,14 +47,13 @@ def fit(cli: CLI) -> None:
     say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
 
 
-def _is_finished(cli: CLI) -> bool:
+def _is_finished(cli: CLI, folder: Path) -> bool:
     """Says whether the run that ``auto`` found is finished, and as long as the command line asks for.
 
     Raises:
         UsageError: If it is finished but was trained with other settings.
     """
-    assert cli.resumed is not None
-    if not (cli.resumed / runs.FINISHED).is_file():
+    if not (folder / runs.FINISHED).is_file():
         return False
     old, new = cli.stored, cli.config
     if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
@@ -65,7 +62,7 @@ def _is_finished(cli: CLI) -> bool:
     for name in ("seed_everything", "trainer.precision", *decisive):
         if name != "data.data_dir" and old[name] != new[name]:
             change = f"{name}: {old[name]} before, {new[name]} now"
-            raise UsageError(f"{cli.resumed} is finished, but with other settings ({change}); choose another --name")
+            raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
     return True
 
 
@@ -143,8 +140,8 @@ def run(command: str, args: list[str]) -> int:
     try:
         with process.stopping():
             cli = CLI(command, args)
-            if command != "fit":
-                say(f"checkpoint: {one_line(cli.path or '')}")
+            if cli.path:
+                say(f"checkpoint: {one_line(cli.path)}")
             _FUNCTIONS[command](cli)
     except process.Stopped as stop:
         if command == "fit":

@@ -50,7 +50,6 @@ _UNASKED = (
     "GPU available",
     "TPU available",
     "💡",
-    "Tip:",
     "Seed set to",
     "Restor",
     "Loaded model weights",
@@ -58,9 +57,7 @@ _UNASKED = (
     "`Trainer.fit` stopped",  # RunFolder says why a training ended
     "`Trainer(barebones",
     "Initializing distributed",
-    "-----",
-    "distributed_backend",
-    "All distributed processes",
+    "-----",  # the line above "distributed_backend=gloo"
     "LOCAL_RANK",
     "You are using a CUDA device",
 )

@@ -39,11 +39,11 @@ def set_threads(threads: int | None, devices: str) -> int:
 def completed(
     options: Namespace, run_folder: RunFolder | None, data: FashionMNISTDataModule, step: int
 ) -> dict[str, Any]:
-    """Returns the options of a Trainer that differ from those that the user gave.
+    """Returns the options of a Trainer that differ from the user's.
 
     Args:
-        options: Those that the user gave, with the callbacks and loggers made.
-        run_folder: The callback that writes the run folder; None without a training.
+        options: The user's.
+        run_folder: The callback that writes the run folder of a training, or None.
         data: The data of the training.
         step: The optimizer step from which a run resumes.
     """
