@@ -174,7 +174,7 @@ class CLI(LightningCLI):
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the Trainer, for a training with a run folder."""
+        """Builds the Trainer. A training gets a run folder."""
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")

@@ -19,7 +19,7 @@ def shown(name: str, value: float) -> str:
 
 def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
     """Formats a row of results.csv as a line to print."""
-    metrics = [f"{name} {shown(name, row[name])}" for name in runs.COLUMNS[3:7] if row[name] != ""]
+    metrics = [f"{name} {shown(name, row[name])}" for name in runs.METRICS if row[name] != ""]
     return "  ".join([f"epoch {row['epoch']}/{max_epochs}", *metrics, f"{row['seconds']:.1f} s"])
 
 

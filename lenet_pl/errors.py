@@ -38,10 +38,7 @@ def shorten(text: str, length: int = 300) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the option that ``name`` probably means, such as ``model.lr`` for ``lr``, or None."""
-    names = [option for option in known if not option.endswith(".help")]
-    if alike := difflib.get_close_matches(name, names, 1, 0.8):
-        return alike[0]
-    by_last_part = {option.split(".")[-1]: option for option in names}
+    by_last_part = {option.split(".")[-1]: option for option in known}
     alike = difflib.get_close_matches(name.split(".")[-1], by_last_part, 1, 0.75)
     return by_last_part[alike[0]] if alike else None
 

@@ -24,7 +24,8 @@ FINISHED = "finished.txt"  # why the training ended; absent until then
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"  # of the epoch with the highest validation accuracy
 LAST = f"{CHECKPOINTS}/last.ckpt"  # of the newest finished epoch
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+METRICS = ("train_loss", "train_acc", "val_loss", "val_acc")
+COLUMNS = ("epoch", "step", "lr", *METRICS, "seconds")
 
 # The weights of the package: python scripts/pretrained.py makes the file.
 PRETRAINED = Path(__file__).with_name("pretrained.ckpt")
