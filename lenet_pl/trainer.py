@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
 
 from lenet_pl.callbacks import BestCheckpoint, LastCheckpoint, RunFolder, RunLogger
@@ -47,36 +48,47 @@ def completed(
         data: The data of the training.
         step: The optimizer step from which a run resumes.
     """
-    asked = _listed(options.callbacks)
-    ours: list[Any] = []
+    callbacks = _listed(options.callbacks)
+    if run_folder:
+        callbacks += [run_folder, *_of_training(options, data)]
+    if _shows_bar(options):
+        callbacks.append(EpochBar())
     changed: dict[str, Any] = {
+        "callbacks": callbacks,
         "plugins": [*_listed(options.plugins), AtomicCheckpointIO()],
-        "enable_model_summary": False,  # Summary prints ours
+        "enable_model_summary": False,  # Summary is ours
     }
     if run_folder:
-        ours.append(run_folder)
-        if options.enable_checkpointing is not False:
-            if data.val_size and options.limit_val_batches != 0:
-                ours.append(BestCheckpoint())
-            ours.append(LastCheckpoint())
-        if options.enable_model_summary is not False and not _has(asked, ModelSummary):
-            ours.append(Summary())
-        if options.max_time:  # at the end of an epoch, from which the run can be resumed
-            ours.append(Timer(options.max_time, interval="epoch", verbose=False))
-            changed["max_time"] = None
+        changed["max_time"] = None  # one of the callbacks looks at the time
         changed["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one block
     if options.logger in (None, True):
         changed["logger"] = RunLogger(run_folder, step) if run_folder else False
-    shows_bar = options.enable_progress_bar
-    if shows_bar is None:
-        shows_bar = sys.stdout.isatty() and not options.barebones
-    if shows_bar and not _has(asked, ProgressBar):
-        ours.append(EpochBar())
-    changed["callbacks"] = asked + ours
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
-        if not _has(changed["callbacks"], kind):  # otherwise Lightning adds its own
+        if not _has(callbacks, kind):  # otherwise Lightning adds its own
             changed[option] = False
     return changed
+
+
+def _of_training(options: Namespace, data: FashionMNISTDataModule) -> list[Callback]:
+    """Returns the callbacks of a training, except for the user's and the run folder."""
+    callbacks: list[Callback] = []
+    if options.enable_checkpointing is not False:
+        validates = data.val_size and options.limit_val_batches != 0
+        callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
+    if options.enable_model_summary is not False and not _has(options.callbacks, ModelSummary):
+        callbacks.append(Summary())
+    if options.max_time:  # it ends a training only after an epoch, from which the run can be resumed
+        callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
+    return callbacks
+
+
+def _shows_bar(options: Namespace) -> bool:
+    """Says whether our progress bar is shown: on a terminal, unless the user chose otherwise or has a bar."""
+    if _has(options.callbacks, ProgressBar):
+        return False
+    if options.enable_progress_bar is None:
+        return sys.stdout.isatty() and not options.barebones
+    return bool(options.enable_progress_bar)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -85,5 +97,5 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _has(callbacks: list[Any], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
+def _has(callbacks: Any, kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in _listed(callbacks))
