@@ -14,13 +14,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     Missing folders are made. The content goes to a temporary file beside ``path``, which is then renamed: a rename is
     atomic only within one file system.
 
-    Args:
-        path: The file.
-        data: Its new content.
-
     Raises:
-        OSError: If the file cannot be written, for example without permission or space. The previous file is then
-            intact, the temporary one is removed, and ``filename`` of the error is ``path``.
+        OSError: If the file cannot be written, for example without permission or space. ``filename`` of the error is
+            ``path``, which is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file

@@ -1,4 +1,4 @@
-"""What a run writes and prints: its folder, a row and a line for each epoch, the layers, a progress bar."""
+"""What a run writes: its folder with a row for each epoch, TensorBoard events, checkpoints."""
 
 import inspect
 import math
@@ -6,18 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import rich
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from rich.table import Column, Table
-from rich.text import Text
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.lenet import layers
+from lenet_pl.console import epoch_line
 
 
 class RunFolder(Callback):
@@ -33,56 +30,42 @@ class RunFolder(Callback):
 
     def __init__(self, parent: Path, config: str, resumed: Path | None = None) -> None:
         self.parent, self.config, self.resumed = parent, config, resumed
-        self._path = resumed
+        self.path: Path = resumed or parent  # of a new run the folder above it, until ``create``
         self.started = 0.0
         self.fastest = math.inf  # seconds of the fastest epoch
         self.warned = False
         self.validated = False
 
-    @property
-    def path(self) -> Path:
-        """The run folder; until it is made, and until ``setup`` in other processes, the folder above it."""
-        return self._path or self.parent
-
     def create(self) -> Path:
         """Makes the folder with its config.yaml, unless it is there; returns it."""
-        if self._path is None:
-            self._path = runs.new(self.parent)
-            write_atomic(self._path / runs.CONFIG, self.config.encode())
-        return self._path
+        if self.path == self.parent:
+            self.path = runs.new(self.parent)
+            write_atomic(self.path / runs.CONFIG, self.config.encode())
+        return self.path
 
     @property
     def is_new(self) -> bool:
-        """Whether this process made the folder."""
-        return self.resumed is None and self._path is not None
+        """Whether the folder was made for this training."""
+        return self.path not in (self.parent, self.resumed)
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tells every process the folder. Checkpoint callbacks that have no folder of their own get this one."""
-        self._path = trainer.strategy.broadcast(self.create() if trainer.is_global_zero else None)
+        self.path = trainer.strategy.broadcast(self.create() if trainer.is_global_zero else self.path)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((self.path / "checkpoints").resolve())
+                callback.dirpath = str((self.path / runs.CHECKPOINTS).resolve())
                 if callback.save_last:  # the name last.ckpt belongs to our checkpoint of the newest epoch
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.repeat_last_epoch()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Lets the arguments that a callback has now win over the checkpoint, and finds best.ckpt in a moved folder."""
-        states = checkpoint["callbacks"]
+        """Lets the arguments that a callback has now win over those in its state, such as ``patience``."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            state = states.get(callback.state_key)
+            state = checkpoint["callbacks"].get(callback.state_key)
             if not isinstance(state, dict):
                 continue
-            for name in _arguments(type(callback)) & state.keys():
-                if hasattr(callback, name):
-                    state[name] = getattr(callback, name)
-            if state.get("best_model_path"):
-                best = Path(state["dirpath"]) / Path(state["best_model_path"]).name
-                state["best_model_path"] = str(best)
-                if not best.is_file():  # forget the score too: perhaps no later epoch beats it
-                    del states[callback.state_key]
+            names = {"dirpath", *inspect.signature(type(callback)).parameters}  # the run folder may have been moved
+            for name in names & state.keys() & vars(callback).keys():
+                state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Saves the settings with which a run resumes, and drops the rows of epochs after its checkpoint."""
@@ -90,7 +73,7 @@ class RunFolder(Callback):
             write_atomic(self.path / runs.CONFIG, self.config.encode())
             for outdated in (runs.FINISHED, runs.SCORE):
                 (self.path / outdated).unlink(missing_ok=True)
-            for half in self.path.glob("checkpoints/.*.tmp"):  # the stopped process was writing it
+            for half in self.path.glob(f"{runs.CHECKPOINTS}/.*.tmp"):  # the stopped process was writing it
                 half.unlink(missing_ok=True)
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             kept = [row for row in runs.read_results(self.path) if int(row["epoch"]) <= finished]
@@ -110,25 +93,22 @@ class RunFolder(Callback):
         Raises:
             FloatingPointError: If the training diverged. The checkpoints of earlier epochs stay.
         """
-        metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
-        epoch, seconds = trainer.current_epoch + 1, time.perf_counter() - self.started
-        checked = {"train_loss": metrics["train_loss"]}
-        if self.validated:
-            checked["val_loss"] = metrics["val_loss"]
-        checked["a weight"] = float(sum(weight.detach().abs().sum() for weight in pl_module.parameters()))
-        for name, value in checked.items():
-            if not math.isfinite(value):
+        epoch, seconds = trainer.current_epoch + 1, round(time.perf_counter() - self.started, 3)
+        metrics = rounded_metrics(trainer)
+        row: dict[str, Any] = {name: metrics.get(name, "") for name in runs.COLUMNS}
+        if not self.validated:
+            row.update(val_loss="", val_acc="")
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        row.update(epoch=epoch, step=trainer.global_step, lr=lr, seconds=seconds)
+        weights = float(sum(weight.detach().abs().sum() for weight in pl_module.parameters()))
+        for name, value in {**row, "a weight": weights}.items():
+            if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(
                     f"{name} is NaN or infinite in epoch {epoch}: the training diverged at lr "
                     f"{pl_module.hparams['lr']}. Try a smaller --model.lr. Checkpoints of finished epochs are intact."
                 )
         if not trainer.is_global_zero:
             return
-        row: dict[str, Any] = {name: metrics.get(name, "") for name in runs.COLUMNS}
-        if not self.validated:
-            row.update(val_loss="", val_acc="")
-        row.update(epoch=epoch, step=trainer.global_step, lr=trainer.optimizers[0].param_groups[0]["lr"])
-        row["seconds"] = round(seconds, 3)
         runs.write_results(self.path, [*runs.read_results(self.path), row])
         print(epoch_line(row, trainer.max_epochs), flush=True)
         self._warn_if_slow(seconds)
@@ -152,14 +132,6 @@ class RunFolder(Callback):
                 print(f"The training ended after epoch {done}: {reason}")
 
 
-def _arguments(kind: type) -> set[str]:
-    """Returns the names of the arguments of a class and its parents."""
-    names: set[str] = set()
-    for parent in kind.__mro__[:-1]:
-        names |= set(inspect.signature(parent).parameters)
-    return names
-
-
 def _reason(trainer: Trainer) -> str | None:
     """Returns why a training ended before ``max_epochs``, or None if it did not."""
     if trainer.global_step == trainer.max_steps:
@@ -175,13 +147,9 @@ def _reason(trainer: Trainer) -> str | None:
     return "a callback asked for it"
 
 
-def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
-    """Formats a row of results.csv as a line to print, with accuracies in per cent."""
-    parts = [f"epoch {row['epoch']}/{max_epochs}"]
-    for name in runs.COLUMNS[3:7]:
-        if row[name] != "":
-            parts.append(f"{name} {row[name]:.2%}" if name.endswith("acc") else f"{name} {row[name]:.4f}")
-    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+def rounded_metrics(trainer: Trainer) -> dict[str, float]:
+    """Returns the metrics of the last epoch or evaluation as they are written to files."""
+    return {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
 
 
 class RunLogger(TensorBoardLogger):
@@ -193,9 +161,8 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, folder: RunFolder, step: int = 0) -> None:
-        options: dict[str, Any] = {"purge_step": max(step - 1, 0)} if step else {}
-        super().__init__(folder.parent.parent, folder.parent.name, default_hp_metric=False, **options)
-        self.folder, self.first_step = folder, step
+        super().__init__(folder.parent.parent, folder.parent.name, default_hp_metric=False, purge_step=step)
+        self.folder = folder
 
     @property
     def log_dir(self) -> str:
@@ -203,68 +170,31 @@ class RunLogger(TensorBoardLogger):
         is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         return str(self.folder.create() if is_first else self.folder.path)
 
-    def repeat_last_epoch(self) -> None:
-        """Writes once more what a resumed run dropped: the events of its last epoch, which a kill may have cut off."""
-        for row in runs.read_results(self.folder.path):
-            if int(row["step"]) == self.first_step:
-                values = {name: float(row[name]) for name in runs.COLUMNS[3:7] if row[name]}
-                self.log_metrics({**values, "epoch": int(row["epoch"]) - 1}, self.first_step - 1)
-        self.first_step = 0
+
+# How our own checkpoints are written: after each epoch, over the previous file.
+EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Writes best.ckpt: the epoch with the highest ``val_acc``, and of equal ones the earliest."""
 
     def __init__(self) -> None:
-        super().__init__(
-            filename="best", monitor="val_acc", mode="max", save_on_train_epoch_end=True, enable_version_counter=False
-        )
+        super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Saves if that was the best epoch. An epoch that ``max_steps`` cut short has no validation accuracy."""
         if "val_acc" in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the best score so far, unless its file is missing: perhaps no later epoch beats it."""
+        best = Path(str(self.dirpath), Path(runs.BEST).name)
+        if best.is_file():
+            super().load_state_dict({**state_dict, "best_model_path": str(best)})
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Writes last.ckpt after every epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
 
     def __init__(self) -> None:
-        super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-
-
-class Summary(Callback):
-    """Prints the layers with output shapes and numbers of parameters at the start, as the article does."""
-
-    takes_blocks = True
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Prints the table."""
-        if not trainer.is_global_zero:
-            return
-        rows = layers(pl_module.net)
-        table = Table("layer", "output shape", Column("parameters", justify="right"))
-        for kind, shape, parameters in rows:
-            table.add_row(kind, Text(shape), f"{parameters:,}")
-        table.add_section()
-        table.add_row("total", "", f"{sum(parameters for *_, parameters in rows):,}")
-        rich.print(table)
-
-
-class EpochBar(RichProgressBar):
-    """The progress of an epoch on a terminal, with the metrics so far. Lines above it show the finished epochs."""
-
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=5)  # Lightning's 100 times a second would slow the training down
-
-    def _get_train_description(self, current_epoch: int) -> str:  # Lightning has no public hook for it
-        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1 like results.csv
-
-    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        """Returns the metrics as text, with accuracies in per cent."""
-        metrics = super().get_metrics(trainer, pl_module)
-        return {
-            name: f"{value:.2%}" if name.endswith("acc") else f"{value:.4f}"
-            for name, value in metrics.items()
-            if isinstance(value, float)
-        }
+        super().__init__(filename=Path(runs.LAST).stem, **EACH_EPOCH)

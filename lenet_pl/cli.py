@@ -4,55 +4,48 @@ Settings come from four places, of which a later one wins over an earlier one: t
 checkpoint or its run folder, config files, flags.
 """
 
+import argparse
 import os
 import re
 import sys
-import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
-import torch
-import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
-from lenet_pl import checkpoint, checks, configs, runs
-from lenet_pl.callbacks import BestCheckpoint, EpochBar, LastCheckpoint, RunFolder, RunLogger, Summary
+from lenet_pl import checks, configs, runs
+from lenet_pl.callbacks import RunFolder
+from lenet_pl.checkpoint import load_ours
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import CheckpointError, UsageError, explain
 from lenet_pl.lenet import fold
 from lenet_pl.module import LitLeNet
+from lenet_pl.names import one_line
+from lenet_pl.trainer import TRAINER_DEFAULTS, completed, set_threads
 
 # ``fit --help`` opens with these.
 COMMON = (
     "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
     "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift"
 )
-# Trainer's own defaults leave the length open and validate untrained weights first.
-TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
-# One process trains LeNet-5 at batch 32 in 7.0, 5.1, 4.5, 4.7, 3.8, 3.3 s an epoch with 1, 2, 3, 4, 6, 8 threads
-# (16-core Xeon). More than 4 gain little, and other programs can use the cores.
-MOST_THREADS = 4
+# Options of the Trainer that take objects with options of their own.
+PIECES = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
 
 
 class CLI(LightningCLI):
-    """The options of one command, and the data, model and trainer that they describe.
-
-    Args:
-        command: Such as ``fit``.
-        args: The arguments after the command.
+    """The options of one command, such as ``fit``, and the data, model and trainer that they describe.
 
     Attributes:
         path: The checkpoint's file, if the command starts from a checkpoint.
         checkpoint: Its content.
-        folder: The folder of the run that a training resumes.
-        stored: The settings of the checkpoint or of that run.
+        resumed: The folder of the run that a training resumes.
+        stored: All settings of the checkpoint or of that run.
         run_folder: The callback that writes the run folder of a training.
 
     Raises:
@@ -63,7 +56,7 @@ class CLI(LightningCLI):
         self.command = command
         self.path: Path | None = None
         self.checkpoint: dict[str, Any] = {}
-        self.folder: Path | None = None
+        self.resumed: Path | None = None
         self.run_folder: RunFolder | None = None
         super().__init__(
             LitLeNet,
@@ -77,6 +70,13 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser with our own ``--config``."""
+        parser = LightningArgumentParser(**kwargs)
+        words = "A file of settings in YAML, or the name of a recipe such as best."
+        parser.add_argument("-c", "--config", action=configs.ConfigFile, help=words)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of this command that are not about trainer, model or data."""
@@ -96,87 +96,68 @@ class CLI(LightningCLI):
         if {"-h", "--help"} & set(args):
             print(_help(parser, self.command))
             sys.exit(0)
-        args, pictures = configs.take_values(args, "--data.images")
-        args, recipe = configs.read_in(args)
+        # jsonargparse would take only one picture, and would read a file name such as [a] as a list.
+        pictures = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        pictures.add_argument("--data.images", dest="names", nargs="*", action="extend")
+        taken, args = pictures.parse_known_args(args)
         try:
             prints_config = any(arg.startswith("--print_config") for arg in args)  # jsonargparse does, with defaults
-            given = configs.with_home_folders(parser.parse_args(args, defaults=prints_config))
-            if pictures:
-                given["data.images"] = pictures
+            given = parser.parse_args(args, defaults=prints_config)
+            if taken.names:
+                given["data.images"] = taken.names
+            given = configs.with_home_folders(given)
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
-            self.name = checks.checked_name(given.get("name") or recipe)
-            found = self._of_run(given) if self.command == "fit" else self._of_checkpoint(given.get("ckpt_path"))
-            self.stored = self._parse_stored(parser, found)
-            for key in ("trainer.callbacks", "trainer.logger", "trainer.plugins"):
-                if given.get(key):
-                    given[key] = configs.joined(self.stored.get(key), given[key])
-            self.config = parser.parse_object(given, self.stored)
+            self.name = _name(given)
+            stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path")))
+            for key in PIECES:
+                if key in given:
+                    given[key] = configs.joined(stored.get(key), given[key])
+            # A piece with only the options that were given: YAML cannot hold some defaults, such as a device.
+            self.pieces = {key: given.get(key, stored.get(key)) for key in PIECES}
+            self.stored = parser.parse_object(stored)
+            self.config = parser.parse_object(given, stored)
         except (ArgumentError, TypeError, KeyError) as error:
             raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
         checks.check(self.command, self.config)
         if self.command == "fit" and self.path:
             checks.check_resume(self.config, self.path, self.checkpoint)
 
-    def _of_run(self, given: Namespace) -> dict[str, Any]:
-        """Finds the run that ``fit`` resumes, loads its checkpoint and returns its settings."""
-        word = given.get("ckpt_path")
-        if word is None:
+    def _find_stored(self, word: str | None) -> dict[str, Any]:
+        """Finds and loads the checkpoint that the command starts from; returns its settings, or those of its run."""
+        is_fit = self.command == "fit"
+        if is_fit and word is None:
             return {}
-        if word == "auto":
-            newest = runs.all_runs(self.root, self.name or "lenet")
+        if is_fit and word == "auto":
+            newest = runs.all_runs(self.root, self.name or "lenet")[:1]
             if not newest:
                 return {}
-            self.folder = newest[0]
-            if not (self.folder / runs.LAST).is_file():  # it was stopped in its first epoch and starts again
-                return configs.of_run(self.folder)
-            word = str(self.folder / runs.LAST)
-        self.path = runs.find(word, self.root, self.name)
-        self.checkpoint = checkpoint.load_ours(self.path, resume=True)
-        self.folder = runs.folder_of(self.path)
-        return configs.of_run(self.folder) if self.folder else self._settings_of_checkpoint()
-
-    def _of_checkpoint(self, word: str | None) -> dict[str, Any]:
-        """Finds and loads the checkpoint for a command that does not train, and returns its settings."""
+            if not (newest[0] / runs.LAST).is_file():  # it was stopped in its first epoch and starts again
+                self.resumed = newest[0]
+                return configs.of_run(self.resumed)
+            word = str(newest[0] / runs.LAST)
         if word is None:
             has_runs = runs.all_runs(self.root, self.name) or not runs.PRETRAINED.is_file()
             word = "best" if has_runs else "pretrained"
         self.path = runs.find(word, self.root, self.name)
-        self.checkpoint = checkpoint.load_ours(self.path, resume=False)
-        return self._settings_of_checkpoint()
-
-    def _settings_of_checkpoint(self) -> dict[str, Any]:
-        """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
-        data = dict(self.checkpoint["datamodule_hyper_parameters"])
-        if not Path(data.get("data_dir", "")).is_dir():  # the checkpoint comes from another machine
-            data.pop("data_dir", None)
-        return {
-            "model": self.checkpoint["hyper_parameters"],
-            "data": data,
-            "seed_everything": self.checkpoint["seed"] % 2**32,
-            "trainer": {"precision": self.checkpoint.get("precision")},
-        }
+        self.checkpoint = load_ours(self.path, resume=is_fit)
+        self.resumed = runs.folder_of(self.path) if is_fit else None
+        return configs.of_run(self.resumed) if self.resumed else configs.of_checkpoint(self.checkpoint)
 
     def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:
-        """Parses the settings of a checkpoint. They win over the defaults."""
+        """Parses the settings of a checkpoint, without adding defaults."""
         try:
-            stored: Namespace = parser.parse_object(settings)
+            stored: Namespace = parser.parse_object(settings, defaults=False)
         except (ArgumentError, TypeError, KeyError) as error:
             why = explain(str(error), self.command, ()).splitlines()[0]
-            source = self.path or self.folder
+            source = self.path or self.resumed
             raise UsageError(f"{str(source)!r} has settings of another version: {why}") from error
         return stored
 
     def before_instantiate_classes(self) -> None:
-        """Sets the number of threads."""
-        devices = str(self.config.trainer.devices)
-        processes = int(devices) if devices.isdecimal() else 1
-        if self.config.threads is None:
-            self.config.threads = max(1, min(torch.get_num_threads(), MOST_THREADS) // max(1, processes))
-        torch.set_num_threads(self.config.threads)
-        if processes > 1:
-            os.environ.setdefault(
-                "OMP_NUM_THREADS", str(self.config.threads)
-            )  # otherwise Lightning sets another number
+        """Says which checkpoint is used, and sets the number of threads."""
+        if self.path:
+            rank_zero_only(print)(f"checkpoint: {one_line(self.path)}")
+        self.config.threads = set_threads(self.config.threads, str(self.config.trainer.devices))
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer. A value that they refuse is wrong use."""
@@ -200,44 +181,14 @@ class CLI(LightningCLI):
             self.model.net = fold(self.model.net)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the Trainer with the callbacks, the logger and the checkpoint plugin that the command needs."""
+        """Builds the Trainer. A training gets a run folder."""
         options = self.config_init.trainer
-        asked = _listed(options.callbacks)
-        ours: list[Any] = []
-        training = self.command == "fit" and not options.fast_dev_run and not options.barebones
-        if training:
-            name = self.folder.absolute().parent.name if self.folder else self.name or "lenet"
-            parent = self.folder.absolute().parent if self.folder else self.root / name
-            self.run_folder = RunFolder(parent, self._saved_config(name), self.folder)
-            ours.append(self.run_folder)
-            if options.enable_checkpointing is not False:
-                if self.datamodule.val_size and options.limit_val_batches != 0:
-                    ours.append(BestCheckpoint())
-                ours.append(LastCheckpoint())
-            if options.enable_model_summary is not False and not _has(asked, ModelSummary):
-                ours.append(Summary())
-            kwargs["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one block
-        elif not options.barebones:
-            kwargs["enable_checkpointing"] = False
-        if options.logger in (None, True):
-            writes_events = self.run_folder is not None and find_spec("tensorboard") is not None
-            step = self.checkpoint.get("global_step", 0)
-            kwargs["logger"] = RunLogger(self.run_folder, step) if self.run_folder and writes_events else False
-        if not options.barebones:
-            kwargs["enable_model_summary"] = False
-            shows_bar = options.enable_progress_bar
-            if shows_bar is None:
-                shows_bar = sys.stdout.isatty()
-            if shows_bar and not _has(asked, ProgressBar):
-                ours.append(EpochBar())
-            kwargs["enable_progress_bar"] = shows_bar or _has(asked, ProgressBar)
-        if training and options.max_time:  # at the end of an epoch, from which the run can be resumed
-            ours.append(Timer(options.max_time, interval="epoch", verbose=False))
-            kwargs["max_time"] = None
+        if self.command == "fit" and not options.fast_dev_run and not options.barebones:
+            parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
+            self.run_folder = RunFolder(parent, self._saved_config(parent.name), self.resumed)
+        kwargs |= completed(options, self.run_folder, self.datamodule, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
-        kwargs["plugins"] = [*_listed(options.plugins), checkpoint.AtomicCheckpointIO()]
-        kwargs["callbacks"] = asked + ours
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         # Lightning's signal handlers wait for other processes, save within an epoch, and end with exit code 0 (its
         # issue 19916). Ours are in process.py.
@@ -246,23 +197,20 @@ class CLI(LightningCLI):
 
     def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
-        config = configs.plain(self.config)
+        config = self.config.clone()
+        for key, piece in self.pieces.items():
+            config[key] = piece or config[key]
         config.name, config.ckpt_path = name, None
-        config.pop("config", None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # YAML cannot hold some defaults, see configs.readable
-            text = self.parser.dump(config, skip_none=False, format="yaml")
-        return str(yaml.safe_dump(configs.readable(yaml.safe_load(text)), sort_keys=False, allow_unicode=True))
+        return str(self.parser.dump(config, skip_none=False, format="yaml"))
 
 
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _has(callbacks: list[Any], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
+def _name(given: Namespace) -> str | None:
+    """Returns the name of the run: the given one, otherwise that of the last config file, otherwise None."""
+    files = given.pop("config", None)
+    name = given.get("name") or (Path(files[-1]).stem if files else None)
+    if name is not None:
+        checks.check_name(name)
+    return name
 
 
 def _help(parser: LightningArgumentParser, command: str) -> str:
@@ -271,7 +219,6 @@ def _help(parser: LightningArgumentParser, command: str) -> str:
     blocks = re.split(r"\n(?=  -)", text)[1:]  # one for each option, without the usage
     first = []
     for name in COMMON.split():
-        first += [block.split("\n\n")[0] for block in blocks if re.search(rf"--{re.escape(name)} ", block[:80])][:1]
-    return "\n".join(
-        [f"lenet-pl {command}: the options that people change most", "", *first, "", "All options", "", text]
-    )
+        first += [block.split("\n\n")[0] for block in blocks if f"--{name} " in block[:80]]
+    title = f"lenet-pl {command}: the options that people change most"
+    return "\n".join([title, "", *first, "", "All options", "", text])

@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import checkpoint, process, runs
 from lenet_pl.atomic import write_atomic
+from lenet_pl.callbacks import rounded_metrics
 from lenet_pl.cli import CLI
+from lenet_pl.console import shown
 from lenet_pl.errors import UsageError, tell
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line, quoted
@@ -22,13 +24,11 @@ say = rank_zero_only(print)
 def fit(cli: CLI) -> None:
     """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
     folder = cli.run_folder
-    if cli.folder and cli.config.ckpt_path == "auto" and _is_finished(cli):
-        say(f"{cli.folder} is finished: {(cli.folder / runs.FINISHED).read_text('utf-8').strip()}")
-        if not cli.config.test or (cli.folder / runs.SCORE).is_file():
+    if folder and cli.config.ckpt_path == "auto" and _is_finished(cli, folder.path):
+        say(f"{folder.path} is finished: {(folder.path / runs.FINISHED).read_text('utf-8').strip()}")
+        if not cli.config.test or (folder.path / runs.SCORE).is_file():
             return
     else:
-        if cli.path:
-            say(f"checkpoint: {one_line(cli.path)}")
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
             if folder:
@@ -49,14 +49,13 @@ def fit(cli: CLI) -> None:
     say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
 
 
-def _is_finished(cli: CLI) -> bool:
+def _is_finished(cli: CLI, folder: Path) -> bool:
     """Says whether the run that ``auto`` found is finished, and as long as the command line asks for.
 
     Raises:
         UsageError: If it is finished but was trained with other settings.
     """
-    assert cli.folder is not None
-    if not (cli.folder / runs.FINISHED).is_file():
+    if not (folder / runs.FINISHED).is_file():
         return False
     old, new = cli.stored, cli.config
     if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
@@ -65,22 +64,22 @@ def _is_finished(cli: CLI) -> bool:
     for name in ("seed_everything", "trainer.precision", *decisive):
         if name != "data.data_dir" and old[name] != new[name]:
             change = f"{name}: {old[name]} before, {new[name]} now"
-            raise UsageError(f"{cli.folder} is finished, but with other settings ({change}); choose another --name")
+            raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
     return True
 
 
 def validate(cli: CLI) -> None:
     """Scores a checkpoint on the validation images."""
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-    metrics = _metrics(cli)
-    say(f"val_acc {metrics['val_acc']:.2%}  val_loss {metrics['val_loss']:.4f}")
+    metrics = rounded_metrics(cli.trainer)
+    say("  ".join(f"{name} {shown(name, metrics[name])}" for name in ("val_acc", "val_loss")))
 
 
 def test(cli: CLI) -> None:
     """Scores a checkpoint on the test images, writes test.json and prints the accuracy."""
     assert cli.path is not None
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    metrics = _metrics(cli)
+    metrics = rounded_metrics(cli.trainer)
     result = {
         "test_acc": metrics["test_acc"],
         "test_loss": metrics["test_loss"],
@@ -92,10 +91,6 @@ def test(cli: CLI) -> None:
         folder = runs.folder_of(cli.path) or runs.beside(cli.path)
         write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
-
-
-def _metrics(cli: CLI) -> dict[str, float]:
-    return {name: round(float(value), 6) for name, value in cli.trainer.callback_metrics.items()}
 
 
 def predict(cli: CLI) -> None:
@@ -131,7 +126,7 @@ def demo(cli: CLI) -> None:
     app.serve(cli.model, cli.datamodule, cli.config.port)
 
 
-COMMANDS = {function.__name__: function for function in (fit, validate, test, predict, report, export, demo)}
+_FUNCTIONS = {function.__name__: function for function in (fit, validate, test, predict, report, export, demo)}
 
 
 def run(command: str, args: list[str]) -> int:
@@ -141,9 +136,7 @@ def run(command: str, args: list[str]) -> int:
     try:
         with process.stopping():
             cli = CLI(command, args)
-            if command != "fit":
-                say(f"checkpoint: {one_line(cli.path or '')}")
-            COMMANDS[command](cli)
+            _FUNCTIONS[command](cli)
     except process.Stopped as stop:
         if command == "fit":
             say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
@@ -161,7 +154,7 @@ def run(command: str, args: list[str]) -> int:
 
 def _how_to_go_on(cli: CLI | None) -> str:
     """Returns the end of a sentence that says how to resume a stopped training."""
-    if cli is None or cli.command != "fit" or cli.run_folder is None:
+    if cli is None or cli.run_folder is None:
         return ""
     launcher: Any = cli.trainer.strategy.launcher
     if hasattr(launcher, "kill"):  # Lightning started other processes

@@ -1,14 +1,12 @@
-"""Settings as text: config files and flags before jsonargparse reads them, and settings before they are saved."""
+"""Settings as text: what jsonargparse does not read from config files and flags as people expect it."""
 
 import difflib
 import os
-from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
 from lenet_pl.errors import UsageError
 from lenet_pl.runs import CONFIG
@@ -19,33 +17,16 @@ RECIPES = _HERE / "recipes" if (_HERE / "recipes").is_dir() else _HERE.parent / 
 _EXPECTED = "expected settings such as\nmodel:\n  lr: 0.001"
 
 
-def read_in(args: list[str]) -> tuple[list[str], str | None]:
-    """Replaces the names of config files in the arguments by the contents of the files.
+class ConfigFile(ActionConfigFile):
+    """The option ``--config``. It hands the content of the file to jsonargparse.
 
-    jsonargparse would read them in the locale's encoding, and would not name the file and the line of a mistake.
-
-    Args:
-        args: Command line arguments. ``--config`` or ``-c`` precedes the name of a config file, with ``=`` or a space.
-
-    Returns:
-        The arguments, and the name of the last file without its suffix, or None without a file.
-
-    Raises:
-        UsageError: See :func:`read`.
+    jsonargparse would read the file in the locale's encoding, and would not name the line of a mistake.
     """
-    replaced, recipe, follows = [], None, False
-    for arg in args:
-        flag, equals, name = arg.partition("=")
-        if follows:
-            name = arg
-        elif not (equals and flag in ("-c", "--config")):
-            follows = arg in ("-c", "--config")
-            replaced.append(arg)
-            continue
-        recipe = Path(name).stem
-        replaced.append(read(name) if follows else f"{flag}={read(name)}")
-        follows = False
-    return replaced, recipe
+
+    def __call__(self, parser: Any, settings: Any, values: Any, option_string: str | None = None) -> None:
+        """Adds the settings in a file; ``config`` in the settings lists the names of all files."""
+        super().__call__(parser, settings, read(values), option_string)
+        settings[self.dest][-1] = values  # None until now, because a text has no name
 
 
 def read(name: str) -> str:
@@ -96,83 +77,32 @@ def _find(name: str) -> Path:
     path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
     if path.exists():
         return path
-    recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    if path.parent == Path() and recipe.is_file():
-        return recipe
-    recipes = sorted(found.stem for found in RECIPES.glob("*.yaml"))
-    known = {recipe: recipe for recipe in recipes} | {f"{recipe}.yaml": f"{recipe}.yaml" for recipe in recipes}
-    known |= {found.name: str(found) for found in path.parent.glob("*.yaml")}
-    alike = difflib.get_close_matches(path.name, known, 1)
+    recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
+    if name.removesuffix(".yaml") in recipes:
+        return recipes[name.removesuffix(".yaml")]
+    known = {recipe: recipe for recipe in recipes} | {file.stem: str(file) for file in path.parent.glob("*.yaml")}
+    alike = difflib.get_close_matches(path.stem, known, 1)
     hint = f"expected a file or one of the recipes {', '.join(recipes)}"
     if alike:
         hint = f"did you mean {known[alike[0]]}?"
     raise UsageError(f"config file {name} does not exist; {hint}")
 
 
-def take_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
-    """Takes the values of an option out of the arguments: YAML would read a file name such as ``[a].png`` as a list.
-
-    Returns:
-        The other arguments, and the values, which are all words after the option up to the next option.
-    """
-    rest, values, taking = [], [], False
-    for arg in args:
-        if arg == option or arg.startswith(f"{option}="):
-            taking = True
-            values += [arg.partition("=")[2]] if "=" in arg[: len(option) + 1] else []
-        elif taking and not arg.startswith("--"):
-            values.append(arg)
-        else:
-            taking = False
-            rest.append(arg)
-    return rest, values
-
-
 def with_home_folders(settings: Any) -> Any:
-    """Expands ``~`` at the beginning of any text, because only paths begin with it."""
-    return _changed(settings, os.path.expanduser)
-
-
-def plain(settings: Any) -> Any:
-    """Replaces members of enumerations, which are defaults in some signatures, by their text: YAML cannot hold them."""
-    return _changed(settings, lambda text: str(text.value) if isinstance(text, Enum) else text)
-
-
-def _changed(settings: Any, change: Callable[[str], str]) -> Any:
-    """Applies ``change`` to every text in settings."""
+    """Expands ``~`` at the beginning of any text in settings, because only paths begin with it."""
     if isinstance(settings, Namespace):
-        return Namespace(**{key: _changed(value, change) for key, value in vars(settings).items()})
+        return Namespace(**{key: with_home_folders(value) for key, value in vars(settings).items()})
     if isinstance(settings, list):
-        return [_changed(value, change) for value in settings]
-    return change(settings) if isinstance(settings, str) else settings
+        return [with_home_folders(value) for value in settings]
+    return os.path.expanduser(settings) if isinstance(settings, str) else settings  # noqa: PTH111 (as above)
 
 
 def joined(stored: Any, given: Any) -> Any:
-    """Joins stored callbacks (loggers, plugins) with given ones. A given one replaces a stored one of its class."""
-    if not isinstance(given, list):
+    """Joins stored callbacks (loggers, plugins) with given ones, which replace the stored ones of their class."""
+    if not isinstance(stored, list) or not isinstance(given, list):
         return given
-    result = list(stored) if isinstance(stored, list) else []
-    places = {id(entry): place for place, entry in enumerate(result)}
-    for entry in given:
-        match = next((old for old in result if id(old) in places and old.class_path == entry.class_path), None)
-        if match is None:
-            result.append(entry)
-        else:
-            result[places.pop(id(match))] = entry
-    return result
-
-
-def readable(settings: Any) -> Any:
-    """Leaves out values that jsonargparse could not write. They are defaults of a signature, such as a device."""
-    if isinstance(settings, list):
-        return [readable(value) for value in settings]
-    if not isinstance(settings, dict):
-        return settings
-    kept = {}
-    for key, value in settings.items():
-        if not str(value).startswith("Unable to serialize instance"):
-            kept[key] = readable(value)
-    return kept
+    classes = [piece.class_path for piece in given]
+    return [piece for piece in stored if piece.class_path not in classes] + given
 
 
 def of_run(folder: Path) -> dict[str, Any]:
@@ -180,3 +110,16 @@ def of_run(folder: Path) -> dict[str, Any]:
     settings = dict(yaml.safe_load(read(str(folder / CONFIG))))
     settings.pop("ckpt_path", None)
     return settings
+
+
+def of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
+    data = dict(checkpoint["datamodule_hyper_parameters"])
+    if not Path(data.get("data_dir", "")).is_dir():  # the checkpoint comes from another machine
+        data.pop("data_dir", None)
+    return {
+        "model": checkpoint["hyper_parameters"],
+        "data": data,
+        "seed_everything": checkpoint["seed"] % 2**32,
+        "trainer": {"precision": checkpoint.get("precision")},
+    }

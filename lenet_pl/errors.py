@@ -24,6 +24,12 @@ class CheckpointError(UsageError):
     """A checkpoint is missing or cannot be used. The text gives name, cause and remedy in at most three lines."""
 
 
+def require(fine: bool, given: str, expected: str) -> None:
+    """Raises UsageError unless ``fine``. ``given`` is a setting such as ``model.lr=-1``."""
+    if not fine:
+        raise UsageError(f"{given}: expected {expected}")
+
+
 def shorten(text: str, length: int = 300) -> str:
     """Returns a message as one line of about ``length`` characters at most."""
     text = " ".join(text.split())
@@ -32,10 +38,7 @@ def shorten(text: str, length: int = 300) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the option that ``name`` probably means, such as ``model.lr`` for ``lr``, or None."""
-    names = [option for option in known if not option.endswith(".help")]
-    if alike := difflib.get_close_matches(name, names, 1, 0.8):
-        return alike[0]
-    by_last_part = {option.split(".")[-1]: option for option in names}
+    by_last_part = {option.split(".")[-1]: option for option in known}
     alike = difflib.get_close_matches(name.split(".")[-1], by_last_part, 1, 0.75)
     return by_last_part[alike[0]] if alike else None
 
@@ -50,11 +53,9 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     """
     flat = " ".join(message.split())
     remedy = f"\nAll options: python -m lenet_pl {command} --help"
-    unknown = re.search(
-        r"unrecognized arguments: ([^\s=]+)|does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted", flat
-    )
+    unknown = re.search(r"(?:unrecognized arguments: |does not accept option '|Option ')([^\s=']+)", flat)
     if unknown:
-        name = next(group for group in unknown.groups() if group)
+        name = unknown[1]
         dashes = "--" if name.startswith("--") else ""
         alike = nearest(name.lstrip("-"), options)
         hint = f"; did you mean {dashes}{alike}?" if alike else ""

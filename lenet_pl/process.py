@@ -50,17 +50,13 @@ _UNASKED = (
     "GPU available",
     "TPU available",
     "💡",
-    "Tip:",
     "Seed set to",
     "Restor",
-    "Loaded model weights",
     "Using ",
     "`Trainer.fit` stopped",  # RunFolder says why a training ended
     "`Trainer(barebones",
     "Initializing distributed",
-    "-----",
-    "distributed_backend",
-    "All distributed processes",
+    "-----",  # the line above "distributed_backend=gloo"
     "LOCAL_RANK",
     "You are using a CUDA device",
 )
@@ -78,7 +74,6 @@ def quiet() -> None:
     for message in (
         ".*LeafSpec.* is deprecated",  # a matter of Lightning's own code
         "Checkpoint directory .* is not empty",  # a resumed run writes into its own folder
-        "Be aware that when using `ckpt_path`",  # a checkpoint names the callbacks of fit, which test does not have
         ".*does not have many workers",  # data in memory needs no workers
         "GPU available but not used",  # the user chose that
         "You are trying to `self.log",  # barebones logs nothing

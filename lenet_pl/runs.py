@@ -21,8 +21,11 @@ CONFIG = "config.yaml"  # every setting of the run
 RESULTS = "results.csv"  # a row for each epoch
 SCORE = "test.json"  # the accuracy on the test images
 FINISHED = "finished.txt"  # why the training ended; absent until then
-BEST, LAST = "checkpoints/best.ckpt", "checkpoints/last.ckpt"
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+CHECKPOINTS = "checkpoints"
+BEST = f"{CHECKPOINTS}/best.ckpt"  # of the epoch with the highest validation accuracy
+LAST = f"{CHECKPOINTS}/last.ckpt"  # of the newest finished epoch
+METRICS = ("train_loss", "train_acc", "val_loss", "val_acc")
+COLUMNS = ("epoch", "step", "lr", *METRICS, "seconds")
 
 # The weights of the package: python scripts/pretrained.py makes the file.
 PRETRAINED = Path(__file__).with_name("pretrained.ckpt")
@@ -76,11 +79,10 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 
 def folder_of(ckpt_path: Path) -> Path | None:
     """Returns the run folder in which a checkpoint lies, or None."""
-    folder = ckpt_path.parent.parent
-    path = ckpt_path if folder.name else ckpt_path.absolute()  # given from within the run folder
-    folder = path.parent.parent
-    is_run = path.parent.name == "checkpoints" and (folder / CONFIG).is_file()
-    return folder if is_run else None
+    is_inside = not ckpt_path.parent.parent.name  # the path begins within the run folder
+    parent = ckpt_path.absolute().parent if is_inside else ckpt_path.parent
+    is_run = parent.name == CHECKPOINTS and (parent.parent / CONFIG).is_file()
+    return parent.parent if is_run else None
 
 
 def beside(ckpt_path: Path) -> Path:
@@ -91,7 +93,11 @@ def beside(ckpt_path: Path) -> Path:
 
 def scored_checkpoint(folder: Path) -> Path | None:
     """Returns the checkpoint by which a run is scored: the best, or without validation the last, or None."""
-    return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
+    return _first_file(folder / BEST, folder / LAST)
+
+
+def _first_file(*paths: Path) -> Path | None:
+    return next(filter(Path.is_file, paths), None)
 
 
 def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -> Path:
@@ -120,18 +126,14 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
     of_name = f" of the name {name!r}" if name else ""
     problem = f"Checkpoint {word!r} does not exist or is not a file"
     if kind in ("best", "last"):
-        found = runs and (scored_checkpoint(runs[0]) if kind == "best" else _existing(runs[0] / LAST))
-        if found:
-            return found
         problem = f"Checkpoint {word!r} does not exist: there is no run{of_name} in {str(root)!r}"
         if runs:
+            found = scored_checkpoint(runs[0]) if kind == "best" else _first_file(runs[0] / LAST)
+            if found:
+                return found
             problem = f"Checkpoint {word!r} does not exist: the newest run{of_name}, {runs[0]}, has finished no epoch"
     known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
     raise CheckpointError(f"{problem}.\n{_advice(word, known)}")
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
 
 
 def _advice(word: str, known: Iterable[Path]) -> str:

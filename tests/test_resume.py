@@ -335,8 +335,7 @@ def test_auto_knows_a_run_that_early_stopping_ended(cli):
 @pytest.mark.parametrize(
     ("name", "nth", "signum"),
     [
-        ("before the events", 4, signal.SIGKILL),  # of an epoch whose checkpoint is written
-        pytest.param("before best.ckpt", 2, signal.SIGKILL, marks=long),
+        ("before best.ckpt", 2, signal.SIGKILL),
         pytest.param("in validation", 2, signal.SIGTERM, marks=long),
         pytest.param("in a block", 40, signal.SIGTERM, marks=long),
         pytest.param("in the test", 1, signal.SIGKILL, marks=long),

@@ -1,0 +1,60 @@
+"""What a training shows on the terminal: the layers, a line for each epoch, a progress bar."""
+
+from typing import Any
+
+import rich
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from lenet_pl import runs
+from lenet_pl.lenet import layers
+
+
+def shown(name: str, value: float) -> str:
+    """Formats a metric for the screen: an accuracy in per cent."""
+    return f"{value:.2%}" if name.endswith("acc") else f"{value:.4f}"
+
+
+def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
+    """Formats a row of results.csv as a line to print."""
+    metrics = [f"{name} {shown(name, row[name])}" for name in runs.METRICS if row[name] != ""]
+    return "  ".join([f"epoch {row['epoch']}/{max_epochs}", *metrics, f"{row['seconds']:.1f} s"])
+
+
+class Summary(Callback):
+    """Prints the layers with output shapes and numbers of parameters at the start, as the article does."""
+
+    takes_blocks = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Prints the table."""
+        if not trainer.is_global_zero:
+            return
+        rows = layers(pl_module.net)
+        table = Table("layer", "output shape", Column("parameters", justify="right"))
+        for kind, shape, parameters in rows:
+            table.add_row(kind, Text(shape), f"{parameters:,}")
+        total = sum(parameters for *_, parameters in rows)
+        trained = sum(parameter.numel() for parameter in pl_module.net.parameters())
+        table.add_section()
+        table.add_row("total", "", f"{total:,}")
+        if trained != total:
+            table.add_row("while it trains", "", f"{trained:,}")
+        rich.print(table)
+
+
+class EpochBar(RichProgressBar):
+    """The progress of an epoch on a terminal, with the metrics so far. Lines above it show the finished epochs."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=5)  # Lightning's 100 times a second would slow the training down
+
+    def _get_train_description(self, current_epoch: int) -> str:  # Lightning has no public hook for it
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1 like results.csv
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Returns the metrics as text, with accuracies in per cent."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: shown(name, value) for name, value in metrics.items() if isinstance(value, float)}

@@ -1,0 +1,101 @@
+"""What a Trainer gets beside the options that the user gave, and the number of threads."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
+
+from lenet_pl.callbacks import BestCheckpoint, LastCheckpoint, RunFolder, RunLogger
+from lenet_pl.checkpoint import AtomicCheckpointIO
+from lenet_pl.console import EpochBar, Summary
+from lenet_pl.datamodule import FashionMNISTDataModule
+
+# Trainer's own defaults leave the length open and validate untrained weights first.
+TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
+# One process trains LeNet-5 at batch 32 in 7.0, 5.1, 4.5, 4.7, 3.8, 3.3 s an epoch with 1, 2, 3, 4, 6, 8 threads
+# (16-core Xeon). More than 4 gain little, and other programs can use the cores.
+MOST_THREADS = 4
+
+
+def set_threads(threads: int | None, devices: str) -> int:
+    """Sets the number of threads of this process, and of those that Lightning starts; returns it.
+
+    Args:
+        threads: The number, or None for one that suits the machine.
+        devices: The Trainer's option: with several CPU processes each gets its share.
+    """
+    processes = int(devices) if devices.isdecimal() else 1
+    if threads is None:
+        threads = max(1, min(torch.get_num_threads(), MOST_THREADS) // max(1, processes))
+    torch.set_num_threads(threads)
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # otherwise Lightning sets another number
+    return threads
+
+
+def completed(
+    options: Namespace, run_folder: RunFolder | None, data: FashionMNISTDataModule, step: int
+) -> dict[str, Any]:
+    """Returns the options of a Trainer that differ from the user's.
+
+    Args:
+        options: The user's.
+        run_folder: The callback that writes the run folder of a training, or None.
+        data: The data of the training.
+        step: The optimizer step from which a run resumes.
+    """
+    callbacks = _listed(options.callbacks)
+    if run_folder:
+        callbacks += [run_folder, *_of_training(options, data)]
+    if _shows_bar(options):
+        callbacks.append(EpochBar())
+    changed: dict[str, Any] = {
+        "callbacks": callbacks,
+        "plugins": [*_listed(options.plugins), AtomicCheckpointIO()],
+        "enable_model_summary": False,  # Summary is ours
+    }
+    if run_folder:
+        changed["max_time"] = None  # one of the callbacks looks at the time
+        changed["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one block
+    if options.logger in (None, True):
+        changed["logger"] = RunLogger(run_folder, step) if run_folder else False
+    for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
+        if not _has(callbacks, kind):  # otherwise Lightning adds its own
+            changed[option] = False
+    return changed
+
+
+def _of_training(options: Namespace, data: FashionMNISTDataModule) -> list[Callback]:
+    """Returns the callbacks of a training, except for the user's and the run folder."""
+    callbacks: list[Callback] = []
+    if options.enable_checkpointing is not False:
+        validates = data.val_size and options.limit_val_batches != 0
+        callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
+    if options.enable_model_summary is not False and not _has(options.callbacks, ModelSummary):
+        callbacks.append(Summary())
+    if options.max_time:  # it ends a training only after an epoch, from which the run can be resumed
+        callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
+    return callbacks
+
+
+def _shows_bar(options: Namespace) -> bool:
+    """Says whether our progress bar is shown: on a terminal, unless the user chose otherwise or has a bar."""
+    if _has(options.callbacks, ProgressBar):
+        return False
+    if options.enable_progress_bar is None:
+        return sys.stdout.isatty() and not options.barebones
+    return bool(options.enable_progress_bar)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _has(callbacks: Any, kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in _listed(callbacks))
