@@ -213,6 +213,7 @@ def test_a_missing_package_is_named_with_its_extra(run, workdir, package, monkey
     assert [p.name for p in workdir.iterdir()] == ["data"]
 
 
+@pytest.mark.long
 def test_without_any_optional_package_the_rest_works(spawn, trained):
     prelude = f"sys.modules.update(dict.fromkeys({OPTIONAL}))"  # None: importing them fails
     process = spawn("test", "--ckpt_path", trained, prelude=prelude)

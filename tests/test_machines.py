@@ -110,6 +110,7 @@ def test_a_path_with_spaces_is_one_word_for_the_shell_of_the_system(monkeypatch)
         assert [quoted(path) for path in (r"a\b.ckpt", r"a b\c.ckpt")] == [r"a\b.ckpt", r'"a b\c.ckpt"']
 
 
+@pytest.mark.long
 def test_utf8_whatever_the_locale(spawn, workdir):
     (workdir / "plain.yaml").write_text(f"# Größe ≤ 3 – für alle\n{RECIPE}", encoding="utf-8")
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}

@@ -59,6 +59,7 @@ def test_the_wheel_holds_the_package_and_the_recipes(installed):
     assert (script.name, script.value) == ("lenet-pl", "lenet_pl.__main__:main")
 
 
+@pytest.mark.long
 def test_a_recipe_that_does_not_exist(run):
     code, _, err = run("fit", "--config", "nope")
     assert code == 2
