@@ -9,11 +9,13 @@ To use it in another project:
 
 1. A loader yields ``Block([batch, batch, …])`` where :func:`prepare` allows more than one step, and plain batches
    otherwise.
-2. The LightningModule sets ``takes_blocks = True`` and its ``training_step`` hands a ``Block`` to :func:`run`.
+2. The LightningModule has ``takes_blocks = True`` in its class, and its ``training_step`` hands a ``Block`` to
+   :func:`run` and returns None. It sets its learning rate in ``on_before_optimizer_step``.
 
-Private names of Lightning stand in this file alone. Lightning does not count the steps of a bare optimizer (its issue
-17281), and keeps one count for automatic and one for manual optimization (pull request 11848): here they are one.
-``_batches_that_stepped`` is the step that loggers show (issue 11805).
+Private names of Lightning stand in this file; two others are in cli.py (signals) and console.py (progress bar).
+Lightning does not count the steps of a bare optimizer (its issue 17281), and keeps one count for automatic and one for
+manual optimization (pull request 11848): here they are one. ``_batches_that_stepped`` is the step that loggers show
+(issue 11805).
 """
 
 from collections.abc import Callable
@@ -38,10 +40,9 @@ _STEP_HOOKS = (
     "on_train_batch",
     "on_train_epoch_start",
     "optimizer_",
+    "training_step",
     "transfer_batch",
 )
-# A module may override these: ``run`` calls the first, and a module that takes blocks knows what it does in the second.
-_ALLOWED_IN_MODULES = ("on_before_optimizer_step", "on_train_epoch_start")
 
 
 class Block(list[Any]):
@@ -105,24 +106,26 @@ def _objection(trainer: Trainer) -> str | None:
         if hook and not _ignores_steps(callback):
             return f"{type(callback).__name__} looks at single steps ({hook})"
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    for piece, base in ((module, LightningModule), (data, LightningDataModule)):
-        if piece and (hook := _overridden_hook(piece, base, _ALLOWED_IN_MODULES)):
-            return f"{type(piece).__name__} overrides {hook}"
+    # The class that takes blocks knows what it does in its own hooks; a class derived from it need not.
+    taker = next(kind for kind in type(module).__mro__ if "takes_blocks" in vars(kind))
+    for owner, base in ((module, taker), (data, LightningDataModule)):
+        if owner and (hook := _overridden_hook(owner, base)):
+            return f"{type(owner).__name__} overrides {hook}"
     return None
 
 
-def _overridden_hook(piece: Any, base: type, allowed: tuple[str, ...] = ()) -> str | None:
+def _overridden_hook(owner: Any, base: type) -> str | None:
     """Returns the first step hook that a callback, a module or a datamodule overrides, or None."""
-    hooks = [name for name in dir(base) if name.startswith(_STEP_HOOKS) and name not in allowed]
+    hooks = [name for name in dir(base) if name.startswith(_STEP_HOOKS)]
     for hook in hooks:
-        own = getattr(piece, hook)  # LambdaCallback sets its hooks on the instance
+        own = getattr(owner, hook)  # LambdaCallback sets its hooks on the instance
         if getattr(own, "__func__", own) is not getattr(base, hook):
             return hook
     return None
 
 
 def _ignores_steps(callback: Callback) -> bool:
-    """Says whether a callback does well with blocks, although it overrides a step hook."""
+    """Says whether a callback works with blocks, although it overrides a step hook."""
     if isinstance(callback, ModelCheckpoint):  # its hook returns at once unless it counts steps or seconds
         return not callback._every_n_train_steps and callback._train_time_interval is None
     # A progress bar only draws, and a timer only looks at the clock.
@@ -159,17 +162,18 @@ def run(
     trainer = module.trainer
     optimizer: Any = module.optimizers(use_pl_optimizer=False)
     trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
-    quick = trainer.world_size == 1 and adam.is_ready(optimizer)  # Lightning sums the gradients of several processes
-    if quick and module.device.type == "cuda":
-        return _replay(module, optimizer, block, forward, compiled)
+    # Lightning sums the gradients of several processes. A search for NaN does not go into a graph.
+    direct = trainer.world_size == 1 and adam.is_ready(optimizer) and not torch.is_anomaly_enabled()
+    if direct and module.device.type == "cuda" and optimizer.param_groups[0]["fused"]:
+        return _run_as_graph(module, optimizer, block, forward, compiled)
     all_outputs, losses = [], []
     for batch in block:
         outputs, loss = forward(batch)
-        if not quick:
+        if not direct:
             optimizer.zero_grad()
             module.manual_backward(loss)
         module.on_before_optimizer_step(optimizer)
-        if quick:
+        if direct:
             adam.step(optimizer, loss)
         else:
             optimizer.step()
@@ -180,7 +184,7 @@ def run(
     return torch.cat(all_outputs), torch.stack(losses)
 
 
-def _replay(
+def _run_as_graph(
     module: LightningModule, optimizer: Any, block: Block, forward: Callable[[Any], Any], compiled: bool
 ) -> tuple[Tensor, Tensor]:
     """Takes the steps of a block as one CUDA graph, to which the learning rates are an input."""

@@ -24,7 +24,7 @@ ABOVE_0 = (
     "limit_test_batches",
 )
 # Settings that change what the numbers in a checkpoint mean. A resumed run must keep them.
-FIXED = {"model": ("variant",), "data": ("val_size", "split_seed", "mean", "std")}
+FIXED = {"model": ("variant", "batch_norm", "composed_kernels"), "data": ("val_size", "split_seed", "mean", "std")}
 
 
 def check_name(name: str) -> None:

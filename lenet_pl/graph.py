@@ -26,30 +26,31 @@ class BlockGraph:
     """
 
     def __init__(self, optimizer: Adam, forward: Callable[[Any], Any], compiled: bool) -> None:
-        self.optimizer, self.forward, self.fast_forward = optimizer, forward, forward
+        self.optimizer, self.forward, self.compiled_forward = optimizer, forward, forward
         self.update: Callable[..., None] = adam
         self.fused = not compiled
         if compiled:
             options: Any = {"combo_kernels": True}  # one kernel for many small tensors
-            self.fast_forward = torch.compile(forward, dynamic=False, options=options)
+            self.compiled_forward = torch.compile(forward, dynamic=False, options=options)
             self.update = torch.compile(adam, dynamic=False, options=options)
         self.parameters = optimizer.param_groups[0]["params"]
         states = [optimizer.state[parameter] for parameter in self.parameters]
         self.moments = [_pieces([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")]
         self.weights = _pieces([parameter.detach() for parameter in self.parameters])
-        self.counts = [states[0]["step"].clone() for _ in self.weights]  # each piece counts its steps by itself
-        place = 0
-        for state in states:  # what a checkpoint saves is the count of a parameter's first piece
-            state["step"] = self.counts[place]
-            place += len(_pieces([state["exp_avg"]]))
-        # The graph, its inputs and its results for each shape of a block, such as (32, 32, 24); None after the first.
+        self.counts: list[Tensor] = []
+        for state in states:  # each piece counts its steps; a checkpoint saves the count of a parameter's first piece
+            counts = [state["step"].clone() for _ in _pieces([state["exp_avg"]])]
+            state["step"] = counts[0]
+            self.counts += counts
+        # The graph, its inputs and its results for each shape of a block, such as (32, 32, 24).
+        # None: a block of that shape has run once, and is not recorded yet.
         self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None] = {}
 
     def __call__(self, block: list[Any], rates: list[float]) -> list[Tensor]:
         """Takes a step on each mini-batch with its learning rate; returns what ``blocks.run`` returns."""
         shape = tuple(len(batch[0]) for batch in block)
         fields = [torch.cat(field) for field in zip(*block, strict=True)]  # such as all images and all labels
-        inputs = [*fields, torch.tensor(rates).to(fields[0].device, non_blocking=True)]
+        inputs = [*fields, torch.tensor(rates, dtype=torch.float32).to(fields[0].device, non_blocking=True)]
         if shape not in self.graphs:  # readies cuDNN and compiles: neither may happen while a graph is recorded
             self.graphs[shape] = None
             return self._steps(shape, inputs)
@@ -71,7 +72,7 @@ class BlockGraph:
         for rate, *batch in zip(rates, *(field.split(shape) for field in fields), strict=True):
             torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
             is_last = len(batch[0]) < shape[0]  # the smaller last one of an epoch is not worth a compilation
-            outputs, loss = (self.forward if is_last else self.fast_forward)(batch)
+            outputs, loss = (self.forward if is_last else self.compiled_forward)(batch)
             gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
             group = self.optimizer.param_groups[0]
             beta1, beta2 = group["betas"]

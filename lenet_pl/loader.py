@@ -102,6 +102,11 @@ class TrainLoader:
         """The number of mini-batches of an epoch in each process. The last may be smaller."""
         return ceil(self.share / self.batch_size)
 
+    @property
+    def smallest(self) -> int:
+        """The number of images in the last mini-batch of an epoch."""
+        return (self.share - 1) % self.batch_size + 1
+
     def __len__(self) -> int:
         """Returns the number of blocks of an epoch in each process."""
         return ceil(self.steps / self.steps_per_block)
@@ -134,7 +139,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Normalised batches of ``EVAL_BATCH_SIZE`` images in order. All processes together get every image once.
+    """Normalised batches of about ``EVAL_BATCH_SIZE`` images in order. All processes together get every image once.
 
     The arguments are those of :class:`TrainLoader`.
     """
@@ -142,11 +147,16 @@ class EvalLoader:
     def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1) -> None:
         self.images, self.labels = images[rank::world], labels[rank::world]
         self.mean, self.std = mean, std
+        # The same in all processes, which exchange the statistics of batch normalisation before each batch.
+        least = max(len(labels) // world, min(len(labels), 1))  # images of the smallest share; 0 only if there are none
+        self.batches = ceil(least / EVAL_BATCH_SIZE)
 
     def __len__(self) -> int:
-        return ceil(len(self.labels) / EVAL_BATCH_SIZE)
+        return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.labels), EVAL_BATCH_SIZE):
-            piece = slice(start, start + EVAL_BATCH_SIZE)
-            yield normalise(self.images[piece], self.mean, self.std), self.labels[piece]
+        if not self.batches:
+            return
+        pieces = zip(self.images.tensor_split(self.batches), self.labels.tensor_split(self.batches), strict=True)
+        for images, labels in pieces:
+            yield normalise(images, self.mean, self.std), labels

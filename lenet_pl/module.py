@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lenet_pl import blocks, checkpoint, runs
 from lenet_pl.errors import UsageError
 from lenet_pl.lenet import LeNet5, fold
-from lenet_pl.loader import Batch, seed_of, training_seed
+from lenet_pl.loader import Batch, TrainLoader, seed_of, training_seed
 
 
 class LitLeNet(LightningModule):
@@ -28,7 +28,7 @@ class LitLeNet(LightningModule):
         dropout: Dropout after the two hidden linear layers, 0 ≤ p < 1.
         init: First weights: ``"uniform"``, which is PyTorch's default, or ``"orthogonal"``, see ``LeNet5``.
         batch_norm: Whether to normalise batches in training, see ``LeNet5``. Each process uses its own mini-batches.
-        composed_kernels: Whether to compose the kernels of two in training, see ``LeNet5``.
+        composed_kernels: Whether to build each 5×5 kernel from two 3×3 kernels in training, see ``LeNet5``.
         lr: Adam's learning rate, above 0. A one-cycle schedule has its peak there.
         weight_decay: Decoupled weight decay (Loshchilov & Hutter 2019), at least 0.
         schedule: ``"constant"``, or ``"one_cycle"`` (Smith & Topin 2017), a straight line up to ``lr`` and one down.
@@ -47,7 +47,7 @@ class LitLeNet(LightningModule):
         variant: Literal["article", "classic"] = "article",
         dropout: float = 0.0,
         init: Literal["uniform", "orthogonal"] = "uniform",
-        batch_norm: bool = False,
+        batch_norm: bool | Literal["linear"] = False,
         composed_kernels: bool = False,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
@@ -110,23 +110,35 @@ class LitLeNet(LightningModule):
         """Takes the seed of the training."""
         if stage == "fit":
             self.seed = training_seed(self.trainer)
+            self.automatic_optimization = True  # until a loader of blocks says otherwise
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
         return Adam(
             self.net.parameters(),
-            lr=self.hparams["lr"],
+            lr=self._lr_on(self.device),
             weight_decay=self.hparams["weight_decay"],
             decoupled_weight_decay=True,
             fused=self.device.type in ("cpu", "cuda"),
         )
 
+    def _lr_on(self, device: torch.device) -> float:
+        """Returns the learning rate for an optimizer: on a GPU rounded to float32, in which a CUDA graph reads it."""
+        lr: float = self.hparams["lr"]
+        return float(np.float32(lr)) if device.type == "cuda" else lr
+
     def on_train_start(self) -> None:
         """Fixes the length of the schedule, and compiles the net if that is asked for.
 
         Raises:
-            UsageError: If ``one_cycle`` has no end.
+            UsageError: If ``one_cycle`` has no end, or batch normalisation would get a single image.
         """
+        loader: Any = self.trainer.train_dataloader
+        if self.hparams["batch_norm"] and isinstance(loader, TrainLoader) and loader.smallest == 1:
+            raise UsageError(
+                f"data.batch_size={loader.batch_size}: the last mini-batch of an epoch has a single image, which batch "
+                "normalisation cannot take; choose another size"
+            )
         self.total_steps = blocks.total_steps(self.trainer)
         in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
         if self.hparams["compile"] and not in_graph:  # there graph.py compiles the whole step
@@ -226,4 +238,6 @@ class LitLeNet(LightningModule):
         """Keeps this module's learning rate and weight decay: they win over those in the checkpoint."""
         for optimizer in checkpoint.get("optimizer_states", ()):
             for group in optimizer["param_groups"]:
-                group["lr"], group["weight_decay"] = self.hparams["lr"], self.hparams["weight_decay"]
+                group["weight_decay"] = self.hparams["weight_decay"]
+                if not checkpoint["lr_schedulers"]:  # a scheduler of the user's goes on from its own rate
+                    group["lr"] = self._lr_on(self.trainer.strategy.root_device)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from conftest import same, weights
 from torch.optim.adam import Adam
 
-from lenet_pl import LeNet5
+from lenet_pl import LeNet5, LitLeNet
 from lenet_pl.graph import BlockGraph
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA")
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 3)
-RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2, "--model.schedule", "one_cycle")
+RICH = ("--data.flip", "true", "--data.shift", 1, "--model.dropout", 0.2)
 RICH += ("--model.batch_norm", "true", "--model.composed_kernels", "true")
 EXACT = ("--trainer.deterministic", "true")
 
@@ -100,9 +100,11 @@ def last(name):
 
 
 @gpu
-def test_blocks_and_single_steps_give_the_same_bits(cli):
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+def test_blocks_and_single_steps_give_the_same_bits(cli, schedule):
+    flags = (*TINY, *RICH, *EXACT, "--model.schedule", schedule)
     for k in (1, 7, 50):
-        code, _, err = cli("fit", *TINY, *RICH, *EXACT, "--data.steps_per_execution", k, "--name", f"k{k}")
+        code, _, err = cli("fit", *flags, "--data.steps_per_execution", k, "--name", f"k{k}")
         assert code == 0, err
     assert same(weights(last("k1")), weights(last("k50")))
     assert same(weights(last("k7")), weights(last("k50")))
@@ -119,7 +121,7 @@ def test_a_resumed_run_ends_with_the_same_bits(cli):
 
 
 @gpu
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
 def test_mixed_precision(cli, precision):
     code, _, err = cli("fit", *TINY, "--trainer.precision", precision)
     assert code == 0, err
@@ -148,3 +150,19 @@ def test_one_epoch_is_that_of_the_cpu(cli):
         assert cli("test", "--ckpt_path", last("gpu"), "--trainer.accelerator", accelerator)[0] == 0
         results.append(Path("runs/gpu/version_0/test.json").read_text())
     assert results[0].split("test_loss")[0] == results[1].split("test_loss")[0]
+
+
+@gpu
+def test_no_step_of_a_block_waits_for_the_host(cli, monkeypatch):
+    step = LitLeNet.training_step
+
+    def checked(self, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if self.current_epoch == 2 else "default")  # blocks are recorded by then
+        try:
+            return step(self, batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(LitLeNet, "training_step", checked)
+    code, _, err = cli("fit", *TINY, *RICH)
+    assert code == 0, err

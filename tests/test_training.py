@@ -185,3 +185,49 @@ def test_block_size_may_change_between_epochs(cli, workdir):
     first, second = (weights(workdir / f"runs/{n}/version_0/checkpoints/last.ckpt") for n in ("lenet", "whole"))
     assert same(first, second)
     assert [r["step"] for r in rows(workdir / "runs/lenet/version_0")] == ["34", "68", "102"]
+
+
+@pytest.mark.parametrize("size", [1, 269])  # 270 images train
+def test_batch_norm_refuses_a_single_image(cli, workdir, size):
+    code, _, err = cli("fit", "--data.val_size", 60, "--data.batch_size", size, "--model.batch_norm", "true")
+    assert code == 2
+    assert f"data.batch_size={size}: the last mini-batch of an epoch has a single image" in err
+    assert not (workdir / "runs").exists()
+
+
+def test_batch_norm_after_the_linear_layers_alone(cli, workdir):
+    assert cli("fit", *TINY, "--model.batch_norm", "linear")[0] == 0
+    assert cli("test")[0] == 0
+    state = torch.load(workdir / "runs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert sum(name.endswith("running_mean") for name in state["state_dict"]) == 2
+    code, _, err = cli("fit", "--ckpt_path", "last", "--model.batch_norm", "true", "--trainer.max_epochs", 3)
+    assert code == 2
+    assert "model.batch_norm=True: " in err
+
+
+class Careful(LitLeNet):
+    """Overrides what a textbook says; each override needs to see single steps."""
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.norms = [*getattr(self, "norms", []), float(self.net.features[0].weight.grad.norm())]
+
+
+class Own(LitLeNet):
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+
+@pytest.mark.parametrize(("kind", "hook"), [(Careful, "on_before_optimizer_step"), (Own, "training_step")])
+def test_a_derived_module_sees_single_steps(workdir, capsys, kind, hook):
+    data, module = FashionMNISTDataModule(batch_size=8, val_size=60), kind()
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, **options).fit(module, data)
+    assert f"steps_per_execution: 1 instead of 50, because {kind.__name__} overrides {hook}" in capsys.readouterr().out
+    assert kind is Own or len(module.norms) == 34

@@ -83,6 +83,8 @@ def _measures(model: LitLeNet, data: FashionMNISTDataModule) -> str:
     """Lists what the recipe does against overfitting."""
     settings = model.hparams
     measures = {
+        "batch normalisation while it trains": settings["batch_norm"],
+        "composed kernels while it trains": settings["composed_kernels"],
         "mirrored images": data.flip,
         f"shifts of up to {data.shift} pixels": data.shift,
         f"dropout {settings['dropout']}": settings["dropout"],
