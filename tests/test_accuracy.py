@@ -16,7 +16,7 @@ def test_fast_reaches_its_accuracy(real_data):
     assert main(["fit", "--config", str(ROOT / "configs/fast.yaml")]) == 0
     result = json.loads(Path("runs/fast/version_0/test.json").read_text())
     assert result["n"] == 10_000
-    assert result["test_acc"] >= 0.905  # ten seeds gave 90.79 to 91.45 %
+    assert result["test_acc"] >= 0.9115  # ten seeds gave 91.65 to 92.15 %
 
 
 def test_the_test_images_are_first_read_when_training_has_ended(cli, monkeypatch):
