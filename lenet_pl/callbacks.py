@@ -143,7 +143,7 @@ def _reason(trainer: Trainer) -> str | None:
             return f"EarlyStopping: {callback.stopping_reason_message}"
         remaining = callback.time_remaining() if isinstance(callback, Timer) else None
         if remaining is not None and remaining <= 0:
-            return "its time is over (trainer.max_time)"
+            return "the time limit is reached (trainer.max_time)"
     return "a callback asked for it"
 
 

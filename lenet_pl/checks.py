@@ -11,7 +11,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lenet_pl import blocks
 from lenet_pl.errors import UsageError, require
 
-# Options of the Trainer for which 0 and less make no sense.
+# Options of the Trainer that must be above 0.
 ABOVE_0 = (
     "max_epochs",
     "max_steps",

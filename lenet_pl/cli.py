@@ -29,13 +29,14 @@ from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 from lenet_pl.trainer import TRAINER_DEFAULTS, completed, set_threads
 
-# ``fit --help`` opens with these.
+# The help of every command opens with those of these that it has.
 COMMON = (
     "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
-    "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift"
+    "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift "
+    "data.images output port"
 )
 # Options of the Trainer that take objects with options of their own.
-PIECES = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
+OBJECTS = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
 
 
 class CLI(LightningCLI):
@@ -109,11 +110,11 @@ class CLI(LightningCLI):
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
             self.name = _name(given)
             stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path")))
-            for key in PIECES:
+            for key in OBJECTS:
                 if key in given:
                     given[key] = configs.joined(stored.get(key), given[key])
-            # A piece with only the options that were given: YAML cannot hold some defaults, such as a device.
-            self.pieces = {key: given.get(key, stored.get(key)) for key in PIECES}
+            # Only the options that were given, because YAML cannot express some defaults, such as a device.
+            self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.stored = parser.parse_object(stored)
             self.config = parser.parse_object(given, stored)
         except (ArgumentError, TypeError, KeyError) as error:
@@ -198,8 +199,8 @@ class CLI(LightningCLI):
     def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
         config = self.config.clone()
-        for key, piece in self.pieces.items():
-            config[key] = piece or config[key]
+        for key, value in self.given_objects.items():
+            config[key] = value or config[key]
         config.name, config.ckpt_path = name, None
         return str(self.parser.dump(config, skip_none=False, format="yaml"))
 

@@ -13,7 +13,7 @@ from lenet_pl import checkpoint, process, runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.callbacks import rounded_metrics
 from lenet_pl.cli import CLI
-from lenet_pl.console import shown
+from lenet_pl.console import format_metric
 from lenet_pl.errors import UsageError, tell
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line, quoted
@@ -40,7 +40,7 @@ def fit(cli: CLI) -> None:
         return
     path = runs.scored_checkpoint(folder.path)
     if path is None:
-        raise UsageError("no epoch was finished, so there is nothing to score; allow more trainer.max_time")
+        raise UsageError("no epoch finished, so there is nothing to score; raise trainer.max_time")
     if cli.config.test:
         cli.path, cli.model = path, LitLeNet.of(checkpoint.load_ours(path, resume=False))
         report(cli)
@@ -72,7 +72,7 @@ def validate(cli: CLI) -> None:
     """Scores a checkpoint on the validation images."""
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = rounded_metrics(cli.trainer)
-    say("  ".join(f"{name} {shown(name, metrics[name])}" for name in ("val_acc", "val_loss")))
+    say("  ".join(f"{name} {format_metric(name, metrics[name])}" for name in ("val_acc", "val_loss")))
 
 
 def test(cli: CLI) -> None:
