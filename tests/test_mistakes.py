@@ -452,6 +452,16 @@ def test_a_console_that_takes_nothing(spawn):
     assert process.returncode == 1
 
 
+def test_a_library_that_torch_needs_is_missing(spawn):
+    prelude = "class Finder:\n    def find_spec(name, path, target=None):\n"
+    prelude += "        if name == 'torch': raise OSError('libgomp.so.1: cannot open shared object file')\n"
+    prelude += "sys.meta_path.insert(0, Finder)"
+    process = spawn("test", prelude=prelude)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (1, "")
+    assert err == "error: libgomp.so.1: cannot open shared object file\n"
+
+
 # Fuzz: whatever is given, never a traceback
 
 KEYS = ["trainer", "model", "data", "max_epochs", "devices", "callbacks", "lr", "dropout", "val_size", "std", "name"]
