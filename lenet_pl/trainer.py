@@ -26,11 +26,14 @@ def set_threads(threads: int | None, devices: str) -> int:
 
     Args:
         threads: The number, or None for one that suits the machine.
-        devices: The Trainer's option: with several CPU processes each gets its share.
+        devices: The Trainer's option: with several CPU processes each gets its share of the cores.
     """
     processes = int(devices) if devices.isdecimal() else 1
     if threads is None:
-        threads = max(1, min(torch.get_num_threads(), MOST_THREADS) // max(1, processes))
+        available = torch.get_num_threads()
+        if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # otherwise it is the share already
+            available //= processes
+        threads = max(1, min(available, MOST_THREADS))
     torch.set_num_threads(threads)
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # otherwise Lightning sets another number
