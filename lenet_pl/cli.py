@@ -137,8 +137,8 @@ class CLI(LightningCLI):
                 return configs.of_run(self.resumed)
             word = str(newest[0] / runs.LAST)
         if word is None:
-            has_runs = runs.all_runs(self.root, self.name) or not runs.PRETRAINED.is_file()
-            word = "best" if has_runs else "pretrained"
+            means_run = self.name or runs.all_runs(self.root) or not runs.PRETRAINED.is_file()
+            word = "best" if means_run else "pretrained"
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         self.resumed = runs.folder_of(self.path) if is_fit else None
