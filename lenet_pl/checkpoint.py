@@ -3,7 +3,6 @@
 import io
 import pickle
 import re
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -34,9 +33,6 @@ class AtomicCheckpointIO(CheckpointIO):
         refuse_url(path)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        for leftover in Path(path).parent.glob(f".{Path(path).name}.*.tmp"):  # a killed run left it
-            if time.time() - leftover.stat().st_mtime > 60:  # another process may be writing a younger one
-                leftover.unlink(missing_ok=True)
         write_atomic(Path(path), buffer.getvalue())
 
     def load_checkpoint(

@@ -47,7 +47,7 @@ class CLI(LightningCLI):
         checkpoint: Its content.
         resumed: The folder of the run that a training resumes.
         stored: All settings of the checkpoint or of that run.
-        run_folder: The callback that writes the run folder of a training.
+        run_writer: The callback that writes the run folder of a training.
 
     Raises:
         UsageError: If an option is unknown or its value is wrong.
@@ -58,7 +58,7 @@ class CLI(LightningCLI):
         self.path: Path | None = None
         self.checkpoint: dict[str, Any] = {}
         self.resumed: Path | None = None
-        self.run_folder: RunFolder | None = None
+        self.run_writer: RunFolder | None = None
         super().__init__(
             LitLeNet,
             FashionMNISTDataModule,
@@ -186,8 +186,8 @@ class CLI(LightningCLI):
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
-            self.run_folder = RunFolder(parent, self._saved_config(parent.name), self.resumed)
-        kwargs |= completed(options, self.run_folder, self.datamodule, self.checkpoint.get("global_step", 0))
+            self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed, self.path)
+        kwargs |= completed(options, self.run_writer, self.datamodule, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
