@@ -45,7 +45,11 @@ def main(args: list[str] | None = None) -> int:
         code = _main(sys.argv[1:] if args is None else args)
         sys.stdout.flush()
         return code
-    except OSError as error:  # nobody reads the output any more (``| head``), or the disk is full
+    except OSError as error:
+        if error.strerror is None or error.filename:  # such as a missing library that torch needs
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        # Nobody reads the output any more (``| head``), or the disk is full.
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python flushes when it exits
         return 1

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from pathlib import Path
 
 # Errors that fsync of a folder gives on file systems that cannot do it, such as network shares, FUSE and VirtualBox.
@@ -19,7 +20,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             ``path``, which is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # two processes may write the same file
     try:
         with temporary.open("wb") as file:
             file.write(data)

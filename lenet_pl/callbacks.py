@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
+from lenet_pl.checkpoint import load_ours
 from lenet_pl.console import epoch_line
+from lenet_pl.errors import CheckpointError
 
 
 class RunFolder(Callback):
@@ -24,13 +26,14 @@ class RunFolder(Callback):
         parent: ``runs/<name>``; a new run gets the next free ``version_N`` in it.
         config: The complete configuration, as YAML.
         resumed: The folder of the run to resume, if any.
+        ckpt_path: The checkpoint from which it resumes; None if the run was stopped in its first epoch.
     """
 
     takes_blocks = True  # it looks only at epochs, see blocks.py
 
-    def __init__(self, parent: Path, config: str, resumed: Path | None = None) -> None:
-        self.parent, self.config, self.resumed = parent, config, resumed
-        self.path: Path = resumed or parent  # of a new run the folder above it, until ``create``
+    def __init__(self, parent: Path, config: str, resumed: Path | None = None, ckpt_path: Path | None = None) -> None:
+        self.parent, self.config, self.resumed, self.ckpt_path = parent, config, resumed, ckpt_path
+        self.path = resumed  # of a new run None until ``create``
         self.started = 0.0
         self.fastest = math.inf  # seconds of the fastest epoch
         self.warned = False
@@ -38,22 +41,23 @@ class RunFolder(Callback):
 
     def create(self) -> Path:
         """Makes the folder with its config.yaml, unless it is there; returns it."""
-        if self.path == self.parent:
+        if self.path is None:
             self.path = runs.new(self.parent)
             write_atomic(self.path / runs.CONFIG, self.config.encode())
         return self.path
 
-    @property
-    def is_new(self) -> bool:
-        """Whether the folder was made for this training."""
-        return self.path not in (self.parent, self.resumed)
+    def discard(self) -> None:
+        """Deletes the folder of a new run."""
+        if self.path and not self.resumed:
+            runs.remove(self.path)
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Tells every process the folder. Checkpoint callbacks that have no folder of their own get this one."""
-        self.path = trainer.strategy.broadcast(self.create() if trainer.is_global_zero else self.path)
+        folder: Path = trainer.strategy.broadcast(self.create() if trainer.is_global_zero else Path())
+        self.path = folder
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((self.path / runs.CHECKPOINTS).resolve())
+                callback.dirpath = str((folder / runs.CHECKPOINTS).resolve())
                 if callback.save_last:  # the name last.ckpt belongs to our checkpoint of the newest epoch
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
 
@@ -68,16 +72,18 @@ class RunFolder(Callback):
                 state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves the settings with which a run resumes, and drops the rows of epochs after its checkpoint."""
+        """Saves the settings with which a run resumes, and drops what is newer than its checkpoint."""
         if self.resumed and trainer.is_global_zero:  # the checkpoint has been accepted by now
-            write_atomic(self.path / runs.CONFIG, self.config.encode())
-            for outdated in (runs.FINISHED, runs.SCORE):
-                (self.path / outdated).unlink(missing_ok=True)
-            for half in self.path.glob(f"{runs.CHECKPOINTS}/.*.tmp"):  # the stopped process was writing it
+            write_atomic(self.resumed / runs.CONFIG, self.config.encode())
+            for outdated in (runs.FINISHED, runs.SCORE, runs.REPORT):
+                (self.resumed / outdated).unlink(missing_ok=True)
+            for half in self.resumed.rglob(".*.tmp"):  # the stopped process was writing it
                 half.unlink(missing_ok=True)
+            if self.ckpt_path:  # perhaps it is not that of the newest epoch
+                write_atomic(self.resumed / runs.LAST, self.ckpt_path.read_bytes())
             finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            kept = [row for row in runs.read_results(self.path) if int(row["epoch"]) <= finished]
-            runs.write_results(self.path, kept)
+            kept = [row for row in runs.read_results(self.resumed) if int(row["epoch"]) <= finished]
+            runs.write_results(self.resumed, kept)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the epoch's clock."""
@@ -109,7 +115,8 @@ class RunFolder(Callback):
                 )
         if not trainer.is_global_zero:
             return
-        runs.write_results(self.path, [*runs.read_results(self.path), row])
+        folder = self.create()  # it is there by now
+        runs.write_results(folder, [*runs.read_results(folder), row])
         print(epoch_line(row, trainer.max_epochs), flush=True)
         self._warn_if_slow(seconds)
 
@@ -127,14 +134,14 @@ class RunFolder(Callback):
         """Writes why the training ended, and prints it if the training ended early."""
         done, reason = trainer.current_epoch, _reason(trainer)
         if trainer.is_global_zero:
-            write_atomic(self.path / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
+            write_atomic(self.create() / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
             if reason:
                 print(f"The training ended after epoch {done}: {reason}")
 
 
 def _reason(trainer: Trainer) -> str | None:
     """Returns why a training ended before ``max_epochs``, or None if it did not."""
-    if trainer.global_step == trainer.max_steps:
+    if 0 < trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps={trainer.max_steps} is reached"
     if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
         return None
@@ -143,7 +150,7 @@ def _reason(trainer: Trainer) -> str | None:
             return f"EarlyStopping: {callback.stopping_reason_message}"
         remaining = callback.time_remaining() if isinstance(callback, Timer) else None
         if remaining is not None and remaining <= 0:
-            return "its time is over (trainer.max_time)"
+            return "the time limit is reached (trainer.max_time)"
     return "a callback asked for it"
 
 
@@ -156,19 +163,19 @@ class RunLogger(TensorBoardLogger):
     """Writes TensorBoard events into the run folder, which does not exist before the training starts.
 
     Args:
-        folder: The callback that knows the run folder.
+        run_writer: The callback that knows the run folder.
         step: The optimizer step from which the run resumes. Events of later steps are dropped.
     """
 
-    def __init__(self, folder: RunFolder, step: int = 0) -> None:
-        super().__init__(folder.parent.parent, folder.parent.name, default_hp_metric=False, purge_step=step)
-        self.folder = folder
+    def __init__(self, run_writer: RunFolder, step: int = 0) -> None:
+        super().__init__(run_writer.parent.parent, run_writer.parent.name, default_hp_metric=False, purge_step=step)
+        self.run_writer = run_writer
 
     @property
     def log_dir(self) -> str:
         """The run folder."""
         is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        return str(self.folder.create() if is_first else self.folder.path)
+        return str(self.run_writer.create() if is_first else self.run_writer.path)
 
 
 # How our own checkpoints are written: after each epoch, over the previous file.
@@ -182,15 +189,35 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves if that was the best epoch. An epoch that ``max_steps`` cut short has no validation accuracy."""
+        """Saves if that was the best epoch. Before the first validation there is nothing to compare."""
         if "val_acc" in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the best score so far, unless its file is missing: perhaps no later epoch beats it."""
-        best = Path(str(self.dirpath), Path(runs.BEST).name)
-        if best.is_file():
-            super().load_state_dict({**state_dict, "best_model_path": str(best)})
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes over the score of best.ckpt, unless that is missing or of a later epoch than ``checkpoint``.
+
+        Otherwise the best epoch is found anew, because perhaps no later one beats the old score.
+        """
+        states = checkpoint["callbacks"]
+        states.pop(self.state_key, None)
+        try:
+            best = load_ours(self._best, resume=True)
+        except CheckpointError:  # it is missing or damaged
+            return
+        state = best["callbacks"].get(self.state_key)
+        if state and best["epoch"] <= checkpoint["epoch"]:
+            # The folder may have been moved.
+            states[self.state_key] = {**state, "dirpath": self.dirpath, "best_model_path": str(self._best)}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Deletes a best.ckpt that is of a later epoch than the one from which the run resumes."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and not self.best_model_path:
+            self._best.unlink(missing_ok=True)
+
+    @property
+    def _best(self) -> Path:
+        return Path(str(self.dirpath), Path(runs.BEST).name)
 
 
 class LastCheckpoint(ModelCheckpoint):

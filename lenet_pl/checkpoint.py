@@ -3,7 +3,6 @@
 import io
 import pickle
 import re
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,14 +13,14 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl.atomic import write_atomic
 from lenet_pl.errors import CheckpointError
-from lenet_pl.runs import refuse_url
+from lenet_pl.runs import TRAIN, refuse_url
 
 # What Lightning writes for any module that saves its hyperparameters.
 _KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytorch-lightning_version": str}
 # What this package needs as well: the first to rebuild data and net, the second to resume a training.
 _OURS = {"datamodule_hyper_parameters": dict, "seed": int, "epoch": int}
 _TRAINING = {"loops": dict, "optimizer_states": list}
-_REMEDY = ".\nGive another file with --ckpt_path, or train one: python -m lenet_pl fit --config lenet.yaml"
+_REMEDY = f".\nGive another file with --ckpt_path, or train one: {TRAIN}"
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -34,9 +33,6 @@ class AtomicCheckpointIO(CheckpointIO):
         refuse_url(path)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        for leftover in Path(path).parent.glob(f".{Path(path).name}.*.tmp"):  # a killed run left it
-            if time.time() - leftover.stat().st_mtime > 60:  # another process may be writing a younger one
-                leftover.unlink(missing_ok=True)
         write_atomic(Path(path), buffer.getvalue())
 
     def load_checkpoint(

@@ -11,7 +11,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lenet_pl import blocks
 from lenet_pl.errors import UsageError, require
 
-# Options of the Trainer for which 0 and less make no sense.
+# Options of the Trainer that must be above 0.
 ABOVE_0 = (
     "max_epochs",
     "max_steps",
@@ -82,3 +82,6 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
     done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs
     if most and most < done:
         raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least that")
+    steps, most = checkpoint["global_step"], config.trainer.max_steps
+    if 0 < most < steps:
+        raise UsageError(f"trainer.max_steps={most}: {path} has finished step {steps}; expected at least that")

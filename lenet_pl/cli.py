@@ -29,13 +29,14 @@ from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 from lenet_pl.trainer import TRAINER_DEFAULTS, completed, set_threads
 
-# ``fit --help`` opens with these.
+# The help of every command opens with those of these that it has.
 COMMON = (
     "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
-    "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift"
+    "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift "
+    "data.images output port"
 )
 # Options of the Trainer that take objects with options of their own.
-PIECES = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
+OBJECTS = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
 
 
 class CLI(LightningCLI):
@@ -46,7 +47,7 @@ class CLI(LightningCLI):
         checkpoint: Its content.
         resumed: The folder of the run that a training resumes.
         stored: All settings of the checkpoint or of that run.
-        run_folder: The callback that writes the run folder of a training.
+        run_writer: The callback that writes the run folder of a training.
 
     Raises:
         UsageError: If an option is unknown or its value is wrong.
@@ -57,7 +58,7 @@ class CLI(LightningCLI):
         self.path: Path | None = None
         self.checkpoint: dict[str, Any] = {}
         self.resumed: Path | None = None
-        self.run_folder: RunFolder | None = None
+        self.run_writer: RunFolder | None = None
         super().__init__(
             LitLeNet,
             FashionMNISTDataModule,
@@ -109,11 +110,11 @@ class CLI(LightningCLI):
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
             self.name = _name(given)
             stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path")))
-            for key in PIECES:
+            for key in OBJECTS:
                 if key in given:
                     given[key] = configs.joined(stored.get(key), given[key])
-            # A piece with only the options that were given: YAML cannot hold some defaults, such as a device.
-            self.pieces = {key: given.get(key, stored.get(key)) for key in PIECES}
+            # Only the options that were given, because YAML cannot express some defaults, such as a device.
+            self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.stored = parser.parse_object(stored)
             self.config = parser.parse_object(given, stored)
         except (ArgumentError, TypeError, KeyError) as error:
@@ -136,8 +137,8 @@ class CLI(LightningCLI):
                 return configs.of_run(self.resumed)
             word = str(newest[0] / runs.LAST)
         if word is None:
-            has_runs = runs.all_runs(self.root, self.name) or not runs.PRETRAINED.is_file()
-            word = "best" if has_runs else "pretrained"
+            means_run = self.name or runs.all_runs(self.root) or not runs.PRETRAINED.is_file()
+            word = "best" if means_run else "pretrained"
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         self.resumed = runs.folder_of(self.path) if is_fit else None
@@ -185,8 +186,8 @@ class CLI(LightningCLI):
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
-            self.run_folder = RunFolder(parent, self._saved_config(parent.name), self.resumed)
-        kwargs |= completed(options, self.run_folder, self.datamodule, self.checkpoint.get("global_step", 0))
+            self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed, self.path)
+        kwargs |= completed(options, self.run_writer, self.datamodule, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
@@ -198,8 +199,8 @@ class CLI(LightningCLI):
     def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
         config = self.config.clone()
-        for key, piece in self.pieces.items():
-            config[key] = piece or config[key]
+        for key, value in self.given_objects.items():
+            config[key] = value or config[key]
         config.name, config.ckpt_path = name, None
         return str(self.parser.dump(config, skip_none=False, format="yaml"))
 

@@ -13,7 +13,7 @@ from lenet_pl import checkpoint, process, runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.callbacks import rounded_metrics
 from lenet_pl.cli import CLI
-from lenet_pl.console import shown
+from lenet_pl.console import format_metric
 from lenet_pl.errors import UsageError, tell
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line, quoted
@@ -23,30 +23,32 @@ say = rank_zero_only(print)
 
 def fit(cli: CLI) -> None:
     """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
-    folder = cli.run_folder
-    if folder and cli.config.ckpt_path == "auto" and _is_finished(cli, folder.path):
-        say(f"{folder.path} is finished: {(folder.path / runs.FINISHED).read_text('utf-8').strip()}")
-        if not cli.config.test or (folder.path / runs.SCORE).is_file():
+    writer = cli.run_writer
+    folder = writer.path if writer else None  # so far only that of a run to resume
+    if folder and cli.config.ckpt_path == "auto" and _is_finished(cli, folder):
+        say(f"{folder} is finished: {(folder / runs.FINISHED).read_text('utf-8').strip()}")
+        if not cli.config.test or (folder / runs.SCORE).is_file():
             return
     else:
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
-            if folder:
-                folder.finish(cli.trainer)
+            if writer:
+                writer.finish(cli.trainer)
         finally:
-            if folder and folder.is_new and not cli.trainer.global_step:  # no step was taken
-                runs.remove(folder.path)
+            if writer and not cli.trainer.global_step:  # no step was taken
+                writer.discard()
+        folder = writer.path if writer else None
     if folder is None or not cli.trainer.checkpoint_callbacks:
         return
-    path = runs.scored_checkpoint(folder.path)
+    path = runs.scored_checkpoint(folder)
     if path is None:
-        raise UsageError("no epoch was finished, so there is nothing to score; allow more trainer.max_time")
+        raise UsageError("no epoch finished, so there is nothing to score; raise trainer.max_time")
     if cli.config.test:
         cli.path, cli.model = path, LitLeNet.of(checkpoint.load_ours(path, resume=False))
         report(cli)
         test(cli)  # last: ``auto`` takes a run with a score for finished
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
-    say(f"run folder: {one_line(folder.path)}\nnext: {one_line(command)}")
+    say(f"run folder: {one_line(folder)}\nnext: {one_line(command)}")
 
 
 def _is_finished(cli: CLI, folder: Path) -> bool:
@@ -72,7 +74,7 @@ def validate(cli: CLI) -> None:
     """Scores a checkpoint on the validation images."""
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = rounded_metrics(cli.trainer)
-    say("  ".join(f"{name} {shown(name, metrics[name])}" for name in ("val_acc", "val_loss")))
+    say("  ".join(f"{name} {format_metric(name, metrics[name])}" for name in ("val_acc", "val_loss")))
 
 
 def test(cli: CLI) -> None:
@@ -154,12 +156,12 @@ def run(command: str, args: list[str]) -> int:
 
 def _how_to_go_on(cli: CLI | None) -> str:
     """Returns the end of a sentence that says how to resume a stopped training."""
-    if cli is None or cli.run_folder is None:
+    if cli is None or cli.run_writer is None:
         return ""
     launcher: Any = cli.trainer.strategy.launcher
     if hasattr(launcher, "kill"):  # Lightning started other processes
         launcher.kill(signal.SIGTERM)
-    last = cli.run_folder.path / runs.LAST
-    if not last.is_file():
+    folder = cli.run_writer.path
+    if folder is None or not (folder / runs.LAST).is_file():
         return " before the first epoch was finished; start the run again"
-    return f"; resume with: python -m lenet_pl fit --ckpt_path {quoted(last)}"
+    return f"; resume with: python -m lenet_pl fit --ckpt_path {quoted(folder / runs.LAST)}"

@@ -59,11 +59,11 @@ def read(name: str) -> str:
 
 
 def _refuse_doubles(name: str, tree: yaml.MappingNode) -> None:
-    """Refuses a key that is given twice, of which YAML would ignore the first one without a word."""
+    """Refuses a key that is given twice, of which YAML would silently ignore the first one."""
     seen = set()
     for key, value in tree.value:
         if key.value in seen:
-            raise UsageError(f"{_place(name, key)} is there for the second time; join the two")
+            raise UsageError(f"{_place(name, key)} appears twice; merge the two")
         seen.add(key.value)
         if isinstance(value, yaml.MappingNode):
             _refuse_doubles(name, value)
@@ -101,8 +101,8 @@ def joined(stored: Any, given: Any) -> Any:
     """Joins stored callbacks (loggers, plugins) with given ones, which replace the stored ones of their class."""
     if not isinstance(stored, list) or not isinstance(given, list):
         return given
-    classes = [piece.class_path for piece in given]
-    return [piece for piece in stored if piece.class_path not in classes] + given
+    classes = [one.class_path for one in given]
+    return [one for one in stored if one.class_path not in classes] + given
 
 
 def of_run(folder: Path) -> dict[str, Any]:

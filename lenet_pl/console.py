@@ -12,14 +12,14 @@ from lenet_pl import runs
 from lenet_pl.lenet import layers
 
 
-def shown(name: str, value: float) -> str:
+def format_metric(name: str, value: float) -> str:
     """Formats a metric for the screen: an accuracy in per cent."""
     return f"{value:.2%}" if name.endswith("acc") else f"{value:.4f}"
 
 
 def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
     """Formats a row of results.csv as a line to print."""
-    metrics = [f"{name} {shown(name, row[name])}" for name in runs.METRICS if row[name] != ""]
+    metrics = [f"{name} {format_metric(name, row[name])}" for name in runs.METRICS if row[name] != ""]
     return "  ".join([f"epoch {row['epoch']}/{max_epochs}", *metrics, f"{row['seconds']:.1f} s"])
 
 
@@ -46,7 +46,7 @@ class Summary(Callback):
 
 
 class EpochBar(RichProgressBar):
-    """The progress of an epoch on a terminal, with the metrics so far. Lines above it show the finished epochs."""
+    """The progress of an epoch on a terminal, with the metrics of the last finished epoch."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=5)  # Lightning's 100 times a second would slow the training down
@@ -57,4 +57,4 @@ class EpochBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """Returns the metrics as text, with accuracies in per cent."""
         metrics = super().get_metrics(trainer, pl_module)
-        return {name: shown(name, value) for name, value in metrics.items() if isinstance(value, float)}
+        return {name: format_metric(name, value) for name, value in metrics.items() if isinstance(value, float)}

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lenet_pl import blocks, download
-from lenet_pl.errors import UsageError
+from lenet_pl.errors import require
 from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, EvalLoader, TrainLoader, generator, normalise, training_seed
 
 
@@ -71,8 +71,7 @@ class FashionMNISTDataModule(LightningDataModule):
             ("std", isfinite(std) and std > 0, "a finite number above 0, such as 0.353"),
             ("shift", 0 <= shift <= 27, "an integer from 0 to 27"),
         ):
-            if not is_fine:
-                raise UsageError(f"data.{name}={self.hparams[name]}: expected {expected}")
+            require(is_fine, f"data.{name}={self.hparams[name]}", expected)
         self.data_dir, self.batch_size, self.val_size, self.split_seed = data_dir, batch_size, val_size, split_seed
         self.steps_per_execution = steps_per_execution
         self.mean, self.std, self.flip, self.shift = mean, std, flip, shift
@@ -94,12 +93,17 @@ class FashionMNISTDataModule(LightningDataModule):
             download.ensure(self.data_dir)
 
     def setup(self, stage: str) -> None:
-        """Reads the images that the stage needs: for training and validation, or for the test."""
+        """Reads the images that the stage needs: for training and validation, or for the test.
+
+        For ``fit`` it also takes the training seed, and switches validation off where no images are held out for it.
+
+        Raises:
+            UsageError: If ``val_size`` leaves no image to train on.
+        """
         if stage in ("fit", "validate") and self.train_set is None:
             images, labels = self._read(train=True)
-            if self.val_size >= len(labels):
-                expected = f"expected less than the {len(labels)} training images"
-                raise UsageError(f"data.val_size={self.val_size}: {expected}")
+            expected = f"fewer than the {len(labels)} training images"
+            require(self.val_size < len(labels), f"data.val_size={self.val_size}", expected)
             order = torch.randperm(len(labels), generator=generator(self.split_seed))
             train, val = order[self.val_size :], order[: self.val_size]
             self.train_set, self.val_set = (images[train], labels[train]), (images[val], labels[val])
@@ -164,12 +168,12 @@ class FashionMNISTDataModule(LightningDataModule):
         return images[order[:n]], labels[order[:n]]
 
     def _load_pictures(self, paths: list[Path]) -> Batch:
-        from lenet_pl.apps import pictures
+        from lenet_pl.apps import pictures, prepare
 
         images = torch.zeros(len(paths), 1, 28, 28, dtype=torch.uint8)
         for image, path in zip(images, paths, strict=True):
             try:
-                image.copy_(pictures.to_uint8(pictures.load(path), self.preprocess))
+                image.copy_(prepare.to_uint8(pictures.load(path), self.preprocess))
             except (OSError, ValueError) as error:
                 self.errors[path] = str(error)
         return normalise(images, self.mean, self.std), torch.zeros(len(paths), dtype=torch.int64)

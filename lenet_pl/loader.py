@@ -116,12 +116,12 @@ class TrainLoader:
         order, flips, offsets = self.draw()
         size = self.batch_size * self.steps_per_block
         for start in range(0, len(order), size):
-            piece = slice(start, start + size)
-            images, labels = self.images[order[piece]], self.labels[order[piece]]
+            part = slice(start, start + size)
+            images, labels = self.images[order[part]], self.labels[order[part]]
             if self.flip:
-                images = torch.where(flips[piece, None, None, None], images.flip(-1), images)
+                images = torch.where(flips[part, None, None, None], images.flip(-1), images)
             if self.max_shift:
-                images = shift(images, offsets[piece], self.max_shift)
+                images = shift(images, offsets[part], self.max_shift)
             images = normalise(images, self.mean, self.std)
             if self.steps_per_block == 1:
                 yield images, labels
@@ -157,6 +157,6 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         if not self.batches:
             return
-        pieces = zip(self.images.tensor_split(self.batches), self.labels.tensor_split(self.batches), strict=True)
-        for images, labels in pieces:
+        parts = zip(self.images.tensor_split(self.batches), self.labels.tensor_split(self.batches), strict=True)
+        for images, labels in parts:
             yield normalise(images, self.mean, self.std), labels

@@ -20,10 +20,12 @@ from lenet_pl.errors import CheckpointError
 CONFIG = "config.yaml"  # every setting of the run
 RESULTS = "results.csv"  # a row for each epoch
 SCORE = "test.json"  # the accuracy on the test images
+REPORT = "report.html"  # the page of the report
 FINISHED = "finished.txt"  # why the training ended; absent until then
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"  # of the epoch with the highest validation accuracy
 LAST = f"{CHECKPOINTS}/last.ckpt"  # of the newest finished epoch
+TRAIN = "python -m lenet_pl fit --config lenet"  # the command that makes the first checkpoint
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc")
 COLUMNS = ("epoch", "step", "lr", *METRICS, "seconds")
 
@@ -140,7 +142,7 @@ def _advice(word: str, known: Iterable[Path]) -> str:
     """Names checkpoints that exist, the most similar to ``word`` first."""
     names = list(dict.fromkeys(map(str, known)))
     if not names:
-        return "There are no checkpoints yet; this trains one: python -m lenet_pl fit --config lenet.yaml"
+        return f"There are no checkpoints yet; this trains one: {TRAIN}"
     return f"Give one of these: {', '.join(difflib.get_close_matches(word, names) or names[:3])}"
 
 

@@ -26,11 +26,14 @@ def set_threads(threads: int | None, devices: str) -> int:
 
     Args:
         threads: The number, or None for one that suits the machine.
-        devices: The Trainer's option: with several CPU processes each gets its share.
+        devices: The Trainer's option: with several CPU processes each gets its share of the cores.
     """
     processes = int(devices) if devices.isdecimal() else 1
     if threads is None:
-        threads = max(1, min(torch.get_num_threads(), MOST_THREADS) // max(1, processes))
+        available = torch.get_num_threads()
+        if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # otherwise it is the share already
+            available //= processes
+        threads = max(1, min(available, MOST_THREADS))
     torch.set_num_threads(threads)
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # otherwise Lightning sets another number
@@ -38,19 +41,19 @@ def set_threads(threads: int | None, devices: str) -> int:
 
 
 def completed(
-    options: Namespace, run_folder: RunFolder | None, data: FashionMNISTDataModule, step: int
+    options: Namespace, run_writer: RunFolder | None, data: FashionMNISTDataModule, step: int
 ) -> dict[str, Any]:
     """Returns the options of a Trainer that differ from the user's.
 
     Args:
         options: The user's.
-        run_folder: The callback that writes the run folder of a training, or None.
+        run_writer: The callback that writes the run folder of a training, or None.
         data: The data of the training.
         step: The optimizer step from which a run resumes.
     """
     callbacks = _listed(options.callbacks)
-    if run_folder:
-        callbacks += [run_folder, *_of_training(options, data)]
+    if run_writer:
+        callbacks += [run_writer, *_of_training(options, data)]
     if _shows_bar(options):
         callbacks.append(EpochBar())
     changed: dict[str, Any] = {
@@ -58,11 +61,11 @@ def completed(
         "plugins": [*_listed(options.plugins), AtomicCheckpointIO()],
         "enable_model_summary": False,  # Summary is ours
     }
-    if run_folder:
+    if run_writer:
         changed["max_time"] = None  # one of the callbacks looks at the time
         changed["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one block
     if options.logger in (None, True):
-        changed["logger"] = RunLogger(run_folder, step) if run_folder else False
+        changed["logger"] = RunLogger(run_writer, step) if run_writer else False
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
         if not _has(callbacks, kind):  # otherwise Lightning adds its own
             changed[option] = False

@@ -31,6 +31,20 @@ def test_missing_folders_are_made_and_old_content_is_replaced(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
+def test_two_machines_may_write_the_same_file(tmp_path, monkeypatch):
+    """Their processes may have the same number."""
+    fsync = os.fsync
+
+    def write_meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomic(tmp_path / "file", b"other")
+
+    monkeypatch.setattr(os, "fsync", write_meanwhile)
+    write_atomic(tmp_path / "file", b"mine")
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_that_cannot_sync_a_folder_is_no_error(tmp_path, monkeypatch, code):
     fail_on_folders(monkeypatch, code)

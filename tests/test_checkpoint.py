@@ -226,15 +226,12 @@ def test_a_read_only_folder_raises(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
 
 
-def test_the_leftover_of_a_killed_writer_does_no_harm_and_goes(sound: Path, tmp_path: Path) -> None:
+def test_the_leftover_of_a_killed_writer_does_no_harm(sound: Path, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    (tmp_path / ".last.ckpt.4711.tmp").write_bytes(b"half")
-    (tmp_path / ".best.ckpt.4711.tmp").write_bytes(b"half")
-    os.utime(tmp_path / ".last.ckpt.4711.tmp", (0, 0))
-    (tmp_path / ".last.ckpt.4712.tmp").write_bytes(b"half")  # another process may be writing it just now
+    (tmp_path / ".last.ckpt.4711.tmp").write_bytes(b"half")  # another process may be writing it just now
     path.write_bytes(sound.read_bytes())
     AtomicCheckpointIO().save_checkpoint(load(path), path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".best.ckpt.4711.tmp", ".last.ckpt.4712.tmp", "last.ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".last.ckpt.4711.tmp", "last.ckpt"]
     assert same(load(path), load(sound))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet
 from lenet_pl.__main__ import main
-from lenet_pl.apps import demo, pictures
+from lenet_pl.apps import demo, pictures, prepare
 from lenet_pl.datamodule import FashionMNIST
 
 FIT = ("--data.val_size", "60", "--data.batch_size", "8", "--trainer.max_epochs", "4")
@@ -57,7 +57,7 @@ def net(ckpt):
     model.eval()
 
     def probabilities(path):
-        x = pictures.to_uint8(pictures.load(path))[None].float() / 255
+        x = prepare.to_uint8(pictures.load(path))[None].float() / 255
         with torch.inference_mode():
             return model((x - 0.2860) / 0.3530).softmax(1)[0].tolist()
 

@@ -15,6 +15,7 @@ from conftest import ROOT, same, weights
 
 from lenet_pl.callbacks import RunFolder
 from lenet_pl.names import quoted
+from lenet_pl.trainer import set_threads
 
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 1)
 RECIPE = "trainer: {max_epochs: 1}\ndata: {val_size: 60, batch_size: 8}\n"
@@ -161,6 +162,17 @@ def test_no_more_threads_than_gain_something(cli, available, used):
     torch.set_num_threads(available)
     assert cli("fit", *TINY, "--test", "false")[0] == 0
     assert yaml.safe_load((RUN / "config.yaml").read_text())["threads"] == used
+
+
+@pytest.mark.parametrize(("cores", "processes", "used"), [(16, 2, 4), (16, 8, 2), (6, 2, 3), (2, 4, 1), (64, 1, 4)])
+def test_every_process_gets_the_same_share_of_the_cores(monkeypatch, cores, processes, used):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is restored
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(cores)
+    assert set_threads(None, str(processes)) == used
+    if processes > 1:
+        assert os.environ["OMP_NUM_THREADS"] == str(used)
+        assert set_threads(None, str(processes)) == used  # in a process that Lightning starts
 
 
 def test_an_epoch_that_takes_three_times_the_fastest_is_mentioned_once(capsys):

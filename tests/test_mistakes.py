@@ -118,14 +118,14 @@ WRONG_USE = [
     ("fit --config number.yaml", "1", "string"),
     ("fit --config nogroup.yaml", "nogroup.yaml, line 3: model", "lr: 0.001"),
     ("fit --config nomapping.yaml", "nomapping.yaml, line 1: data", "lr: 0.001"),
-    ("fit --config twice.yaml", "twice.yaml, line 4: model", "second time"),
-    ("fit --config twice2.yaml", "twice2.yaml, line 3: lr", "second time"),
+    ("fit --config twice.yaml", "twice.yaml, line 4: model", "appears twice; merge the two"),
+    ("fit --config twice2.yaml", "twice2.yaml, line 3: lr", "appears twice; merge the two"),
     ("fit --config lenet.yaml --config type.yaml", "model.lr=fast"),
     ("fit --config gone.yaml", "gone.ckpt", "Give one of these"),
     # Ranges
     ("fit --data.val_size -1", "data.val_size=-1", "from 0 to 59999"),
     ("fit --data.val_size 60000", "data.val_size=60000", "from 0 to 59999"),
-    ("fit --data.val_size 330", "data.val_size=330", "less than the 330 training images"),
+    ("fit --data.val_size 330", "data.val_size=330", "fewer than the 330 training images"),
     ("fit --data.batch_size 0", "data.batch_size=0", "from 1 to 60000"),
     ("fit --data.batch_size 99999999999999999999", "data.batch_size=99999999999999999999", "from 1 to 60000"),
     ("fit --data.steps_per_execution 0", "data.steps_per_execution=0", "from 1"),
@@ -154,7 +154,7 @@ WRONG_USE = [
     *((f"fit --trainer.max_epochs {n}", f"trainer.max_epochs={n}", "above 0") for n in (0, -1, -5)),
     ("fit --trainer.max_steps 0", "trainer.max_steps=0", "above 0"),
     ("fit --trainer.max_time 1h", "1h", "DD:HH:MM:SS"),
-    ("fit --config lenet.yaml --trainer.max_time 00:00:00:00", "trainer.max_time", "allow more"),
+    ("fit --config lenet.yaml --trainer.max_time 00:00:00:00", "raise trainer.max_time"),
     ("fit --trainer.limit_train_batches 0", "trainer.limit_train_batches=0", "above 0"),
     ("fit --trainer.limit_train_batches 1.5", "1.5 for limit_train_batches", "[0.0, 1.0] or an int"),
     ("test --trainer.limit_test_batches 0", "trainer.limit_test_batches=0", "above 0"),
@@ -309,7 +309,7 @@ def test_nothing_to_resume_or_to_score(cli, workdir):
     ):
         code, _, err = cli(*command.split())
         assert code == 2
-        check_message(err, repr(name), "no checkpoints yet", "fit --config lenet.yaml")
+        check_message(err, repr(name), "no checkpoints yet", "fit --config lenet\n")
     assert [p.name for p in workdir.iterdir()] == ["data"]
 
 
@@ -450,6 +450,16 @@ def test_a_console_that_takes_nothing(spawn):
         process = spawn("--help", stdout=full)
         assert process.communicate(timeout=30)[1] == "error: standard output: No space left on device\n"
     assert process.returncode == 1
+
+
+def test_a_library_that_torch_needs_is_missing(spawn):
+    prelude = "class Finder:\n    def find_spec(name, path, target=None):\n"
+    prelude += "        if name == 'torch': raise OSError('libgomp.so.1: cannot open shared object file')\n"
+    prelude += "sys.meta_path.insert(0, Finder)"
+    process = spawn("test", prelude=prelude)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (1, "")
+    assert err == "error: libgomp.so.1: cannot open shared object file\n"
 
 
 # Fuzz: whatever is given, never a traceback

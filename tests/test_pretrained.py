@@ -51,6 +51,13 @@ def test_a_run_comes_before_the_package(cli, packaged):
     assert out.startswith(f"checkpoint: {runs.PRETRAINED}")
 
 
+def test_a_name_that_no_run_has_is_a_mistake(cli, packaged):
+    for args in (("test", "--name", "typo"), ("report", "--config", "fast")):
+        code, out, err = cli(*args)
+        assert (code, out) == (2, "")
+        assert f"there is no run of the name {args[2]!r} in 'runs'" in err
+
+
 def test_no_training_goes_on_from_it(cli, packaged):
     code, _, err = cli("fit", "--ckpt_path", "pretrained")
     assert code == 2

@@ -234,6 +234,40 @@ def test_more_steps_for_a_run_that_max_steps_ended(cli):
     assert "was written within an epoch" in err
 
 
+def test_a_run_that_resumes_from_an_earlier_epoch_leaves_the_later_ones(cli):
+    """Whatever stops it then, the run goes on in the same branch."""
+    keep = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=1")
+    keep += ("--trainer.callbacks.filename={epoch}", "--trainer.callbacks.save_top_k=-1")
+    assert cli("fit", *SMALL, "--model.lr", 0.0003, *keep)[0] == 0
+    first, best = RUN / "checkpoints/epoch=0.ckpt", RUN / "checkpoints/best.ckpt"
+    assert torch.load(best, weights_only=True)["epoch"] > 0
+    code, err = interrupted(["fit", "--ckpt_path", str(first)], LitLeNet, "validation_step", 1, signal.SIGTERM)
+    assert code == 143, err
+    assert err.endswith(f"resume with: python -m lenet_pl fit --ckpt_path {LAST}\n")
+    assert LAST.read_bytes() == first.read_bytes()
+    assert not best.exists()
+    assert len((RUN / "results.csv").read_text().splitlines()) == 2
+    assert cli("fit", "--ckpt_path", "last")[0] == 0
+    assert [row["epoch"] for row in csv.DictReader((RUN / "results.csv").read_text().splitlines())] == ["1", "2", "3"]
+    assert best.exists()
+
+
+def test_the_best_checkpoint_of_an_earlier_epoch_stays(cli):
+    assert cli("fit", *SMALL, "--model.lr", 0.01)[0] == 0
+    best = RUN / "checkpoints/best.ckpt"
+    before = best.read_bytes()
+    code, _, err = cli("fit", "--ckpt_path", best, "--model.lr", 1e-12)
+    assert code == 0, err
+    assert best.read_bytes() == before
+
+
+def test_a_training_of_fewer_steps_than_the_checkpoint_is_refused(cli):
+    assert cli("fit", *SMALL)[0] == 0
+    code, _, err = cli("fit", "--ckpt_path", LAST, "--trainer.max_steps", STEPS)
+    assert code == 2
+    assert f"trainer.max_steps={STEPS}: {LAST} has finished step {EPOCHS * STEPS}; expected at least that" in err
+
+
 @pytest.mark.parametrize(("k", "size"), [(1, 8), (50, 8), (7, 16)])
 def test_blocks_and_batch_size_may_change_between_a_stop_and_a_resume(cli, k, size):
     """The stop itself has no influence: an undisturbed run with the same change gives the same result."""
@@ -284,9 +318,15 @@ def test_auto_finishes_a_run_that_was_killed_between_its_last_epoch_and_its_scor
 
 def test_a_longer_training_leaves_no_score_of_the_shorter_one(cli):
     assert cli("fit", *SMALL)[0] == 0
+    (RUN / "report.html").touch()
+    halves = [RUN / ".results.csv.0a.tmp", RUN / "checkpoints/.last.ckpt.0b.tmp"]
+    for half in halves:
+        half.touch()
     longer = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", str(EPOCHS + 1)]
     interrupted(longer, *MOMENTS["in the test"][:2], 1, signal.SIGKILL)
     assert not (RUN / "test.json").exists()
+    assert not (RUN / "report.html").exists()
+    assert not any(half.exists() for half in halves)
     assert cli(*longer[:2], "auto", *longer[3:])[0] == 0
     assert json.loads((RUN / "test.json").read_text())["n"] == 53
 

@@ -109,7 +109,7 @@ def lost(word: str, name: str | None = None) -> str:
 
 def test_find_nothing_says_how_to_make_one(here: Path) -> None:
     for name in ("best", "last.ckpt", "no/such.ckpt"):
-        assert "python -m lenet_pl fit --config lenet.yaml" in lost(name)
+        assert "python -m lenet_pl fit --config lenet" in lost(name)
     assert "there is no run in 'runs'" in lost("best")
 
 

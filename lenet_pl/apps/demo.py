@@ -89,12 +89,12 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
     def classify(upload: tuple[str, str]) -> list[Any]:
         path, name = upload
         try:
-            return [*_shown(Path(path), classifier, data.preprocess), alert(""), None]
+            return [*_examine(Path(path), classifier, data.preprocess), alert(""), None]
         except (OSError, ValueError) as error:
             return [None, None, None, alert(f"{one_line(name)}: {error}"), None]
 
     look: Any = {"format": "png", "interactive": False, "buttons": [], "height": 260, "elem_classes": "shown"}
-    with gr.Blocks(title="LeNet-5 on Fashion-MNIST") as blocks:
+    with gr.Blocks(title="LeNet-5 on Fashion-MNIST") as page:
         gr.Markdown("# LeNet-5 on Fashion-MNIST\nWhich garment is it? The net knows ten kinds and nothing else.")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -116,7 +116,7 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
             key.click(partial(classify, (examples[name], name)), None, outputs, api_visibility="private")
     fonts = ["system-ui", "sans-serif"]  # fonts of the machine, so that none is fetched
     return gr.mount_gradio_app(
-        FastAPI(openapi_url=None), blocks, "/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
+        FastAPI(openapi_url=None), page, "/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
         theme=gr.themes.Base(font=fonts, font_mono=fonts), js=SCRIPT, css=CSS,
     )  # fmt: skip
 
@@ -135,7 +135,7 @@ def _examples(data: FashionMNISTDataModule, folder: Path) -> dict[str, str]:
     return examples
 
 
-def _shown(path: Path, classifier: Classifier, preprocess: bool) -> tuple[Image.Image, Image.Image, dict[str, float]]:
+def _examine(path: Path, classifier: Classifier, preprocess: bool) -> tuple[Image.Image, Image.Image, dict[str, float]]:
     """Returns a picture, what the net sees of it, and the probability of each class; raises what ``load`` raises."""
     picture = pictures.load(path)
     seen = prepare.to_uint8(picture, preprocess)  # [1, 28, 28]

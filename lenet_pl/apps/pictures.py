@@ -11,7 +11,6 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from lenet_pl.apps.prepare import to_uint8 as to_uint8
 from lenet_pl.names import one_line
 
 MARK = "lenet_pl"  # the text "Software" of every PNG that this program writes for its user

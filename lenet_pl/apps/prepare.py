@@ -101,15 +101,15 @@ def sharpen(picture: Image.Image) -> Image.Image:
     return picture.filter(ImageFilter.UnsharpMask(radius=1.0, percent=30, threshold=0))
 
 
-def negate(grey: Image.Image, background: float) -> Image.Image:
-    """Negates a grey picture whose background (0 to 255) is lighter than its mean, then makes the background black.
+def negate(grey: Image.Image, ground: float) -> Image.Image:
+    """Negates a grey picture if its background, of grey ``ground``, is lighter than its mean, and then blackens it.
 
-    The levels from the background's to 255 are stretched to 0 to 255.
+    The levels from ``ground`` (0 to 255) to 255 are stretched to 0 to 255.
     """
     values = np.asarray(grey, np.float32)
-    if values.mean() < background:
-        values, background = 255 - values, 255 - background
-    values = (values - background) * (255 / max(1, 255 - background))
+    if values.mean() < ground:
+        values, ground = 255 - values, 255 - ground
+    values = (values - ground) * (255 / max(1, 255 - ground))
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
 
 

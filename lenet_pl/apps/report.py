@@ -29,7 +29,7 @@ BINS = 15  # of the expected calibration error
 
 
 def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Path:
-    """Writes the report into the checkpoint's run folder, and returns the page, ``report.html``.
+    """Writes the report into the checkpoint's run folder, and returns the page.
 
     Outside a run folder it goes beside the checkpoint and has no learning curves. The report on the package's weights
     goes into the current folder. ``model`` is the checkpoint's module, on any device, which is left in evaluation mode
@@ -68,8 +68,8 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         validated=any(row["val_acc"] for row in results),
         origin=origin(results),
     )
-    write_atomic(folder / "report.html", page.encode())
-    return folder / "report.html"
+    write_atomic(folder / runs.REPORT, page.encode())
+    return folder / runs.REPORT
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, Any]:
