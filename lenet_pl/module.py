@@ -116,16 +116,11 @@ class LitLeNet(LightningModule):
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
         return Adam(
             self.net.parameters(),
-            lr=self._lr_on(self.device),
+            lr=self.hparams["lr"],
             weight_decay=self.hparams["weight_decay"],
             decoupled_weight_decay=True,
             fused=self.device.type in ("cpu", "cuda"),
         )
-
-    def _lr_on(self, device: torch.device) -> float:
-        """Returns the learning rate for an optimizer: on a GPU rounded to float32, in which a CUDA graph reads it."""
-        lr: float = self.hparams["lr"]
-        return float(np.float32(lr)) if device.type == "cuda" else lr
 
     def on_train_start(self) -> None:
         """Fixes the length of the schedule, and compiles the net if that is asked for.
@@ -160,23 +155,26 @@ class LitLeNet(LightningModule):
         self.automatic_optimization = True
 
     def lr_at(self, step: int) -> float:
-        """Returns the learning rate of an optimizer step, counted from 0.
-
-        It is rounded to float32, in which a GPU reads it.
-        """
+        """Returns the learning rate of an optimizer step, counted from 0."""
         peak: float = self.hparams["lr"]
         if self.hparams["schedule"] == "constant":
             return peak
         up: float = max(1.0, self.hparams["warmup"] * self.total_steps)
         down = max(1.0, self.total_steps - up)
-        return float(np.float32(peak * min((step + 1) / up, (self.total_steps - step) / down)))
+        return peak * min((step + 1) / up, (self.total_steps - step) / down)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler."""
-        if self.hparams["schedule"] == "constant" or self.lr_schedulers():
+        """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler.
+
+        It is rounded to float32, in which a CUDA graph reads it.
+        """
+        if self.lr_schedulers():
             return
         for group in optimizer.param_groups:
-            group["lr"] = self.lr_at(self.global_step)
+            if self.hparams["schedule"] == "one_cycle":
+                group["lr"] = float(np.float32(self.lr_at(self.global_step)))
+            elif self.device.type == "cuda":
+                group["lr"] = float(np.float32(group["lr"]))
 
     def training_step(self, batch: Batch | blocks.Block, batch_idx: int) -> Tensor | None:
         """Returns the loss of a mini-batch. With a block, it takes all optimizer steps itself and returns None."""
@@ -240,4 +238,4 @@ class LitLeNet(LightningModule):
             for group in optimizer["param_groups"]:
                 group["weight_decay"] = self.hparams["weight_decay"]
                 if not checkpoint["lr_schedulers"]:  # a scheduler of the user's goes on from its own rate
-                    group["lr"] = self._lr_on(self.trainer.strategy.root_device)
+                    group["lr"] = self.hparams["lr"]
