@@ -77,6 +77,13 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
                     f"{group}.{name}={new}: {path} was trained with {old}, and resumes only with that\n"
                     "Leave the option out, or begin a new run without --ckpt_path"
                 )
+    for callback in config.trainer.callbacks or []:
+        if callback.class_path.endswith(("LearningRateFinder", "BatchSizeFinder")):
+            lr, size = checkpoint["hyper_parameters"]["lr"], checkpoint["datamodule_hyper_parameters"]["batch_size"]
+            raise UsageError(
+                f"{callback.class_path} searches at the beginning of a training, and would begin this one again\n"
+                f"Resume with what it found: --trainer.callbacks null --model.lr {lr} --data.batch_size {size}"
+            )
     if blocks.within_epoch(checkpoint):
         raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
     done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lenet_pl import blocks, checkpoint, runs
-from lenet_pl.errors import UsageError
+from lenet_pl.errors import UsageError, require
 from lenet_pl.lenet import LeNet5, fold
 from lenet_pl.loader import Batch, TrainLoader, seed_of, training_seed
 
@@ -27,13 +27,13 @@ class LitLeNet(LightningModule):
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
         dropout: Dropout after the two hidden linear layers, 0 ≤ p < 1.
         init: First weights: ``"uniform"``, which is PyTorch's default, or ``"orthogonal"``, see ``LeNet5``.
-        batch_norm: Whether to normalise batches in training, see ``LeNet5``. Each process uses its own mini-batches.
-        composed_kernels: Whether to build each 5×5 kernel from two 3×3 kernels in training, see ``LeNet5``.
         lr: Adam's learning rate, above 0. A one-cycle schedule has its peak there.
         weight_decay: Decoupled weight decay (Loshchilov & Hutter 2019), at least 0.
         schedule: ``"constant"``, or ``"one_cycle"`` (Smith & Topin 2017), a straight line up to ``lr`` and one down.
         warmup: Share of the one-cycle schedule in which the rate rises, above 0 and below 1.
         label_smoothing: Share of the target that is spread evenly over the classes in training, 0 to 1.
+        batch_norm: Whether to normalise batches in training, see ``LeNet5``. Each process uses its own mini-batches.
+        composed_kernels: Whether to build each 5×5 kernel from two 3×3 kernels in training, see ``LeNet5``.
         compile: Whether to use ``torch.compile`` in training. It pays only in long trainings.
 
     Raises:
@@ -47,13 +47,13 @@ class LitLeNet(LightningModule):
         variant: Literal["article", "classic"] = "article",
         dropout: float = 0.0,
         init: Literal["uniform", "orthogonal"] = "uniform",
-        batch_norm: bool | Literal["linear"] = False,
-        composed_kernels: bool = False,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: Literal["constant", "one_cycle"] = "constant",
         warmup: float = 0.3,
         label_smoothing: float = 0.0,
+        batch_norm: bool | Literal["linear"] = False,
+        composed_kernels: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -64,8 +64,7 @@ class LitLeNet(LightningModule):
             ("warmup", warmup, 0 < warmup < 1, "a number between 0 and 1"),
             ("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "a number from 0 to 1"),
         ):
-            if not fine:
-                raise UsageError(f"model.{name}={value!r}: expected {expected}")
+            require(fine, f"model.{name}={value!r}", expected)
         self.save_hyperparameters()
         try:
             self.net = LeNet5(variant, dropout, init, batch_norm, composed_kernels)
@@ -94,14 +93,7 @@ class LitLeNet(LightningModule):
         return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classifies normalised images, in evaluation mode by the plain LeNet-5.
-
-        Args:
-            images: Float images, ``[B, 1, 28, 28]``.
-
-        Returns:
-            Logits, ``[B, 10]``.
-        """
+        """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``. In evaluation the net is folded."""
         net = self.net if self.training or self.net.is_plain else fold(self.net)
         logits: Tensor = net(images)
         return logits
@@ -129,19 +121,15 @@ class LitLeNet(LightningModule):
             UsageError: If ``one_cycle`` has no end, or batch normalisation would get a single image.
         """
         loader: Any = self.trainer.train_dataloader
-        if self.hparams["batch_norm"] and isinstance(loader, TrainLoader) and loader.smallest == 1:
-            raise UsageError(
-                f"data.batch_size={loader.batch_size}: the last mini-batch of an epoch has a single image, which batch "
-                "normalisation cannot take; choose another size"
-            )
+        if self.hparams["batch_norm"] and isinstance(loader, TrainLoader):
+            reason = "another size, because batch normalisation cannot take the single image of the last mini-batch"
+            require(loader.smallest > 1, f"data.batch_size={loader.batch_size}", reason)
         self.total_steps = blocks.total_steps(self.trainer)
         in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
         if self.hparams["compile"] and not in_graph:  # there graph.py compiles the whole step
             self.net.compile()
-        if self.hparams["schedule"] == "one_cycle" and self.total_steps == float("inf"):
-            raise UsageError(
-                "model.schedule='one_cycle': expected trainer.max_epochs or trainer.max_steps, at which it ends"
-            )
+        ends = self.hparams["schedule"] == "constant" or self.total_steps < float("inf")
+        require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
 
     def on_train_epoch_start(self) -> None:
         """Seeds dropout by the epoch, so that a resumed epoch draws the masks of an undisturbed one."""
@@ -214,13 +202,9 @@ class LitLeNet(LightningModule):
             self._log(stage, logits, F.cross_entropy(logits, labels, reduction="none"), labels)
 
     def _log(self, stage: str, logits: Tensor, losses: Tensor, labels: Tensor) -> None:
-        """Adds N images to the epoch's metrics.
+        """Adds N images to the epoch's metrics of a stage: ``train``, ``val`` or ``test``.
 
-        Args:
-            stage: ``train``, ``val`` or ``test``.
-            logits: ``[N, 10]``.
-            losses: The loss of each image, or the mean loss of its mini-batch, ``[N]``.
-            labels: ``[N]``.
+        ``losses`` holds the loss of each image, or the mean loss of its mini-batch, ``[N]``.
         """
         metrics: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_acc")}
         metrics[f"{stage}_loss"].update(losses)

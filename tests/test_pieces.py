@@ -392,3 +392,17 @@ def test_own_checkpoint_from_python(workdir, capsys):
     trainer = Trainer(max_epochs=1, callbacks=kept, logger=False, enable_progress_bar=False)
     trainer.fit(LitLeNet(), FashionMNISTDataModule(batch_size=8, val_size=60))
     assert sorted(p.name for p in Path("mine").iterdir()) == [f"epoch=0-step={n}.ckpt" for n in (10, 20, 30)]
+
+
+def test_what_searches_at_the_beginning_does_not_begin_a_resumed_run_again(cli, workdir):
+    finder = ("--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=20")
+    assert cli("fit", *TINY, *finder, "--trainer.max_epochs", 1)[0] == 0
+    found = torch.load("runs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]["lr"]
+    code, _, err = cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert code == 2
+    remedy = f"--trainer.callbacks null --model.lr {found} --data.batch_size 8"
+    assert remedy in err
+    code, out, err = cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2, *remedy.split())
+    assert code == 0, err
+    assert "epoch 2/2" in out
+    assert "epoch 1/2" not in out
