@@ -1,4 +1,4 @@
-"""Many exact optimizer steps in one Lightning step.
+"""Many optimizer steps in one Lightning step, with the same result to the bit.
 
 For a small net the work around an optimizer step (hooks, logging, progress bars, the host waiting for a device) takes
 longer than the step. A *block* is a list of mini-batches that Lightning handles as one batch. :func:`run` takes an
@@ -102,8 +102,10 @@ def _objection(trainer: Trainer) -> str | None:
     if len(trainer.optimizers) != 1 or trainer.lr_scheduler_configs:
         return "Lightning steps several optimizers, or a scheduler"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        hook = _overridden_hook(callback, Callback)
-        if hook and not _ignores_steps(callback):
+        if getattr(callback, "takes_blocks", False):
+            continue
+        known = next(kind for kind in type(callback).__mro__ if kind.__module__.startswith(("lightning.", "lenet_pl.")))
+        if hook := _overridden_hook(callback, known if _ignores_steps(callback) else Callback):
             return f"{type(callback).__name__} looks at single steps ({hook})"
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     # The class that takes blocks knows what it does in its own hooks; a class derived from it need not.
@@ -125,21 +127,27 @@ def _overridden_hook(owner: Any, base: type) -> str | None:
 
 
 def _ignores_steps(callback: Callback) -> bool:
-    """Says whether a callback works with blocks, although it overrides a step hook."""
+    """Says whether a callback of a library works with blocks, although it overrides a step hook."""
     if isinstance(callback, ModelCheckpoint):  # its hook returns at once unless it counts steps or seconds
         return not callback._every_n_train_steps and callback._train_time_interval is None
     # A progress bar only draws, and a timer only looks at the clock.
-    return isinstance(callback, (ProgressBar, Timer)) or getattr(callback, "takes_blocks", False)
+    return isinstance(callback, ProgressBar | Timer)
 
 
 def total_steps(trainer: Trainer) -> float:
     """Returns the optimizer steps of the whole training, or infinity where nothing but time ends it."""
-    if trainer.lightning_module.automatic_optimization:
-        return trainer.estimated_stepping_batches
-    if trainer.max_epochs in (None, -1):
-        return float("inf")
     loader: Any = trainer.train_dataloader
-    return trainer.max_epochs * int(loader.steps)  # Lightning would count blocks
+    if trainer.lightning_module.automatic_optimization:
+        total = trainer.estimated_stepping_batches
+    elif trainer.max_epochs in (None, -1):
+        total = float("inf")
+    else:
+        total = trainer.max_epochs * int(loader.steps)  # Lightning would count blocks
+    if trainer.max_steps != -1 or total == float("inf"):
+        return total
+    # The epochs before a resume may have had more or fewer steps, because the size of a batch may change.
+    epochs: Any = trainer.max_epochs
+    return trainer.global_step + total // epochs * (epochs - trainer.current_epoch)
 
 
 def run(

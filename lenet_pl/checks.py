@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
-from lenet_pl import blocks
+from lenet_pl import blocks, runs
 from lenet_pl.errors import UsageError, require
 
 # Options of the Trainer that must be above 0.
@@ -89,6 +89,10 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
     done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs
     if most and most < done:
         raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least that")
+    if most == done and path.name != Path(runs.LAST).name:
+        raise UsageError(
+            f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected more, to train anything"
+        )
     steps, most = checkpoint["global_step"], config.trainer.max_steps
     if 0 < most < steps:
         raise UsageError(f"trainer.max_steps={most}: {path} has finished step {steps}; expected at least that")

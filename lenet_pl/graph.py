@@ -1,7 +1,7 @@
 """The optimizer steps of a block as one CUDA graph.
 
-A step of LeNet-5 is some 58 kernels. A GPU runs them in a quarter of a millisecond, but Python takes ten times as long
-to launch them one after the other. A CUDA graph launches those of a whole block at once. The kernels and their order
+A step of LeNet-5 is some 58 kernels. A GPU runs them in a quarter of a millisecond, but Python takes about eight times
+as long to launch them one after the other. A CUDA graph launches those of a whole block at once. The kernels and their order
 stay the same, and so do the weights, to the bit where torch is deterministic.
 """
 
@@ -26,12 +26,14 @@ class BlockGraph:
     """
 
     def __init__(self, optimizer: Adam, forward: Callable[[Any], Any], compiled: bool) -> None:
-        self.optimizer, self.forward, self.compiled_forward = optimizer, forward, forward
+        self.optimizer = optimizer
+        self.forward, self.full_forward = forward, forward  # the second one is for mini-batches of the full size
+        self.full_size = 0
         self.update: Callable[..., None] = adam
         self.fused = not compiled
         if compiled:
             options: Any = {"combo_kernels": True}  # one kernel for many small tensors
-            self.compiled_forward = torch.compile(forward, dynamic=False, options=options)
+            self.full_forward = torch.compile(forward, dynamic=False, options=options)
             self.update = torch.compile(adam, dynamic=False, options=options)
         self.parameters = optimizer.param_groups[0]["params"]
         states = [optimizer.state[parameter] for parameter in self.parameters]
@@ -42,6 +44,7 @@ class BlockGraph:
             counts = [state["step"].clone() for _ in _pieces([state["exp_avg"]])]
             state["step"] = counts[0]
             self.counts += counts
+        self.settings: list[Any] = []
         # The graph, its inputs and its results for each shape of a block, such as (32, 32, 24).
         # None: a block of that shape has run once, and is not recorded yet.
         self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None] = {}
@@ -49,6 +52,11 @@ class BlockGraph:
     def __call__(self, block: list[Any], rates: list[float]) -> list[Tensor]:
         """Takes a step on each mini-batch with its learning rate; returns what ``blocks.run`` returns."""
         shape = tuple(len(batch[0]) for batch in block)
+        self.full_size = max(self.full_size, *shape)
+        settings = [self.optimizer.param_groups[0][name] for name in ("betas", "eps", "weight_decay")]
+        if settings != self.settings:  # a recording holds them, and somebody has changed them
+            self.graphs.clear()
+            self.settings = settings
         fields = [torch.cat(field) for field in zip(*block, strict=True)]  # such as all images and all labels
         inputs = [*fields, torch.tensor(rates, dtype=torch.float32).to(fields[0].device, non_blocking=True)]
         if shape not in self.graphs:  # readies cuDNN and compiles: neither may happen while a graph is recorded
@@ -71,8 +79,8 @@ class BlockGraph:
         results = []
         for rate, *batch in zip(rates, *(field.split(shape) for field in fields), strict=True):
             torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
-            is_last = len(batch[0]) < shape[0]  # the smaller last one of an epoch is not worth a compilation
-            outputs, loss = (self.forward if is_last else self.compiled_forward)(batch)
+            is_full = len(batch[0]) == self.full_size  # the smaller last one of an epoch is not worth a compilation
+            outputs, loss = (self.full_forward if is_full else self.forward)(batch)
             gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
             group = self.optimizer.param_groups[0]
             beta1, beta2 = group["betas"]

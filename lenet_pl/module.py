@@ -149,12 +149,12 @@ class LitLeNet(LightningModule):
             return peak
         up: float = max(1.0, self.hparams["warmup"] * self.total_steps)
         down = max(1.0, self.total_steps - up)
-        return peak * min((step + 1) / up, (self.total_steps - step) / down)
+        return peak * min(1.0, (step + 1) / up, (self.total_steps - step) / down)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler.
 
-        It is rounded to float32, in which a CUDA graph reads it.
+        That rate, and on a GPU any rate, is rounded to float32, in which a CUDA graph reads it.
         """
         if self.lr_schedulers():
             return

@@ -14,10 +14,10 @@ from lenet_pl.checkpoint import AtomicCheckpointIO
 from lenet_pl.console import EpochBar, Summary
 from lenet_pl.datamodule import FashionMNISTDataModule
 
-# Trainer's own defaults leave the length open and validate untrained weights first.
+# Trainer's own defaults are 1000 epochs, and a validation of the untrained weights.
 TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
 # One process trains LeNet-5 at batch 32 in 7.0, 5.1, 4.5, 4.7, 3.8, 3.3 s an epoch with 1, 2, 3, 4, 6, 8 threads
-# (16-core Xeon). More than 4 gain little, and other programs can use the cores.
+# (16-core Xeon). The first 4 give most of the gain, and other programs can use the rest.
 MOST_THREADS = 4
 
 
@@ -29,13 +29,14 @@ def set_threads(threads: int | None, devices: str) -> int:
         devices: The Trainer's option: with several CPU processes each gets its share of the cores.
     """
     processes = int(devices) if devices.isdecimal() else 1
+    is_given = threads is not None
     if threads is None:
         available = torch.get_num_threads()
-        if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # otherwise it is the share already
+        if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # where it is set, it is the share of a process
             available //= processes
         threads = max(1, min(available, MOST_THREADS))
     torch.set_num_threads(threads)
-    if processes > 1:
+    if processes > 1 or is_given:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # otherwise Lightning sets another number
     return threads
 
@@ -63,7 +64,9 @@ def completed(
     }
     if run_writer:
         changed["max_time"] = None  # one of the callbacks looks at the time
-        changed["log_every_n_steps"] = options.log_every_n_steps or 1  # it counts blocks: an epoch may be one block
+        changed["log_every_n_steps"] = (
+            options.log_every_n_steps or 1
+        )  # Lightning warns if an epoch has fewer batches, which are blocks here
     if options.logger in (None, True):
         changed["logger"] = RunLogger(run_writer, step) if run_writer else False
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):

@@ -17,7 +17,7 @@ stage() { # TITLE REMEDY COMMAND...
 }
 
 find_python() { # [NEWEST]      of Python 3, such as 12
-  local candidate check="import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, ${1:-99}))"
+  local candidate check="import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, ${1:-99}))"
   for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
     if [ -n "$candidate" ] && "$candidate" -c "$check" 2>/dev/null; then
       printf '%s' "$candidate"

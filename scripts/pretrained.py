@@ -1,4 +1,4 @@
-"""Makes the weights in the package from a checkpoint of a recipe. Its seed is 0, and was not chosen by its score.
+"""Makes the weights in the package from a checkpoint of a recipe. Seed 0 was not chosen by its score.
 
     python -m lenet_pl fit --config best --seed_everything 0
     python scripts/pretrained.py runs/best/version_0/checkpoints/last.ckpt

@@ -433,3 +433,18 @@ def test_a_full_disk_keeps_the_previous_checkpoint(cli, undisturbed, file):
     assert f"{file}: No space left" in err
     assert LAST.read_bytes() == before != b""
     assert same(outcome(go_on(cli)), undisturbed)
+
+
+def test_a_schedule_ends_with_the_run_whatever_the_size_of_a_batch_was_before(cli):
+    for size in (4, 32):
+        name = f"size{size}"
+        assert cli("fit", *SMALL, "--model.schedule", "one_cycle", "--trainer.max_epochs", 2, "--name", name)[0] == 0
+        flags = ("--trainer.max_epochs", 4, "--data.batch_size", size)
+        code, _, err = cli("fit", "--name", name, "--ckpt_path", "last", *flags)
+        assert code == 0, err
+        with Path(f"runs/{name}/version_0/results.csv").open(newline="") as file:
+            rates = [float(row["lr"]) for row in csv.DictReader(file)]
+        assert min(rates) > 0
+        assert rates[3] < rates[2]
+        assert rates[3] == min(rates[2:])
+        assert rates[3] < 0.001 / 10
