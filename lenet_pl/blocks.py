@@ -146,7 +146,7 @@ def total_steps(trainer: Trainer) -> float:
     if trainer.max_steps != -1 or total == float("inf"):
         return total
     # The epochs before a resume may have had more or fewer steps, because the size of a batch may change.
-    epochs: Any = trainer.max_epochs
+    epochs = trainer.max_epochs or 1
     return trainer.global_step + total // epochs * (epochs - trainer.current_epoch)
 
 

@@ -90,9 +90,7 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
     if most and most < done:
         raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least that")
     if most == done and path.name != Path(runs.LAST).name:
-        raise UsageError(
-            f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected more, to train anything"
-        )
+        raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected more than that")
     steps, most = checkpoint["global_step"], config.trainer.max_steps
     if 0 < most < steps:
         raise UsageError(f"trainer.max_steps={most}: {path} has finished step {steps}; expected at least that")

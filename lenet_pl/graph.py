@@ -1,8 +1,8 @@
 """The optimizer steps of a block as one CUDA graph.
 
 A step of LeNet-5 is some 58 kernels. A GPU runs them in a quarter of a millisecond, but Python takes about eight times
-as long to launch them one after the other. A CUDA graph launches those of a whole block at once. The kernels and their order
-stay the same, and so do the weights, to the bit where torch is deterministic.
+as long to launch them one after the other. A CUDA graph launches those of a whole block at once. The kernels and their
+order stay the same, and so do the weights, to the bit where torch is deterministic.
 """
 
 from collections.abc import Callable

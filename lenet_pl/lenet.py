@@ -27,7 +27,7 @@ class Conv2d(nn.Conv2d):
 
 
 class ComposedKernel(nn.Module):
-    """Makes a 5×5 kernel by composing two 3×3 kernels, with four times as many channels between them as on the wider side.
+    """Makes a 5×5 kernel by composing two 3×3 kernels, with four times the channels of the wider side between them.
 
     The net computes with the 5×5 kernel, and Adam trains the two others. They have more weights than it has, which
     makes the training better (Guo, Alvarez & Salzmann, "ExpandNets", 2020). This is a parametrization of torch.
@@ -46,7 +46,7 @@ class ComposedKernel(nn.Module):
 
 
 class AvgPool2d(nn.AvgPool2d):
-    """Averages windows of 2×2. In training on a CPU it resizes to half the size: the same up to rounding, in half the time."""
+    """Averages windows of 2×2. In training on a CPU it resizes instead: the same up to rounding, in half the time."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, C, H / 2, W / 2]`` for ``[N, C, H, W]`` with even H and W."""

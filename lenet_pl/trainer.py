@@ -64,9 +64,8 @@ def completed(
     }
     if run_writer:
         changed["max_time"] = None  # one of the callbacks looks at the time
-        changed["log_every_n_steps"] = (
-            options.log_every_n_steps or 1
-        )  # Lightning warns if an epoch has fewer batches, which are blocks here
+        # Lightning warns where an epoch has fewer batches, which are blocks here.
+        changed["log_every_n_steps"] = options.log_every_n_steps or 1
     if options.logger in (None, True):
         changed["logger"] = RunLogger(run_writer, step) if run_writer else False
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):

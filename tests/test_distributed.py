@@ -112,7 +112,8 @@ def check_like_one_process(run, single):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("k", [pytest.param(1, marks=long), 50])
+@long
+@pytest.mark.parametrize("k", [1, 50])
 def test_lightnings_own_launcher_trains_like_one_process(cli, script, k):
     # 270 images in global batches of 10: no rest, so no image is repeated to fill the shares
     code, _, err = cli("fit", *EXACT, "--data.batch_size", 10, "--name", "single", "--data.flip", "true")

@@ -406,3 +406,39 @@ def test_what_searches_at_the_beginning_does_not_begin_a_resumed_run_again(cli, 
     assert code == 0, err
     assert "epoch 2/2" in out
     assert "epoch 1/2" not in out
+
+
+def test_a_derived_piece_of_lightning_sees_single_steps(workdir, capsys):
+    class Bar(callbacks.TQDMProgressBar):
+        steps = 0
+
+        def on_train_batch_end(self, *args, **kwargs):
+            super().on_train_batch_end(*args, **kwargs)
+            self.steps += 1
+
+    bar = Bar()
+    data = FashionMNISTDataModule(batch_size=8, val_size=60)
+    Trainer(max_epochs=1, callbacks=bar, logger=False, enable_checkpointing=False, accelerator="cpu").fit(
+        LitLeNet(), data
+    )
+    assert "because Bar looks at single steps (on_train_batch_end)" in capsys.readouterr().out
+    assert bar.steps == 34
+
+
+def test_a_derived_optimizer_takes_its_own_steps(workdir, capsys):
+    class Counting(torch.optim.Adam):
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            return super().step(closure)
+
+    class Mine(LitLeNet):
+        def configure_optimizers(self):
+            self.optimizer = Counting(self.parameters(), 0.001)
+            return self.optimizer
+
+    module = Mine()
+    _, out = fit([], capsys, module)
+    assert "steps_per_execution" not in out
+    assert module.optimizer.steps == 34
