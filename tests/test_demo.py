@@ -265,6 +265,7 @@ def test_sigterm_ends_it_with_the_page_open(tab, server, place):  # the last tes
     socket.create_server(("127.0.0.1", int(server.url.split(":")[-1]))).close()
 
 
+@pytest.mark.long
 def test_no_test_images_and_ctrl_c(start, browser, net, files):
     process = start("--data.data_dir", "nothing", prelude="download.SOURCES = ()")
     tab = browser.new_page()
