@@ -109,7 +109,7 @@ def _objection(trainer: Trainer) -> str | None:
             return f"{type(callback).__name__} looks at single steps ({hook})"
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     # The class that takes blocks knows what it does in its own hooks; a class derived from it need not.
-    taker = next(kind for kind in type(module).__mro__ if "takes_blocks" in vars(kind))
+    taker = next((kind for kind in type(module).__mro__ if "takes_blocks" in vars(kind)), LightningModule)
     for owner, base in ((module, taker), (data, LightningDataModule)):
         if owner and (hook := _overridden_hook(owner, base)):
             return f"{type(owner).__name__} overrides {hook}"
