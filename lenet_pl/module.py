@@ -134,9 +134,6 @@ class LitLeNet(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Seeds dropout by the epoch, so that a resumed epoch draws the masks of an undisturbed one."""
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))
-        if self.device.type != "mps":  # Apple's GPU has no float64
-            # In float64 the sum of the losses does not depend on the order in which blocks and processes add to it.
-            self.metrics["train_loss"].set_dtype(torch.float64)  # torchmetrics forgets this after each epoch
 
     def teardown(self, stage: str) -> None:
         """Restores automatic optimization, which the loader may have replaced for this training."""
@@ -207,6 +204,9 @@ class LitLeNet(LightningModule):
         ``losses`` holds the loss of each image, or the mean loss of its mini-batch, ``[N]``.
         """
         metrics: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_acc")}
+        if stage == "train" and self.device.type != "mps":  # Apple's GPU has no float64
+            # In float64 the sum of the losses does not depend on the order in which blocks and processes add to it.
+            metrics["train_loss"].set_dtype(torch.float64)  # torchmetrics forgets it when Lightning moves the metric
         metrics[f"{stage}_loss"].update(losses)
         metrics[f"{stage}_acc"].update(logits, labels)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
