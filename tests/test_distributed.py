@@ -127,7 +127,8 @@ def test_lightnings_own_launcher_trains_like_one_process(cli, script, k):
     check_like_one_process(RUN, Path("runs/single/version_0"))
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=long)])
+@long
+@pytest.mark.parametrize("processes", [2, 3])
 def test_torchrun_fetches_the_data_once_and_counts_every_test_image_once(script, processes, tiny, monkeypatch):
     Path("data").unlink()  # a fresh machine, and the files in another folder of it
     monkeypatch.setenv("LENET_PL_DATA_SOURCE", str(tiny[0] / "FashionMNIST/raw"))

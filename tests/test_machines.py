@@ -31,6 +31,7 @@ def rows(folder):
 # Notebooks
 
 
+@pytest.mark.long
 @pytest.mark.report
 def test_the_backend_of_a_notebook_that_is_not_installed_here(spawn):
     env = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline", "PYTHONPATH": str(ROOT)}

@@ -432,6 +432,7 @@ def test_the_exit_code_reaches_the_shell(spawn, workdir):
     assert not (workdir / "runs").exists()
 
 
+@pytest.mark.long
 def test_the_console_stays_clean(spawn, here):
     """There are no warnings, tips or deprecations, in an ordinary process on a terminal that knows only ASCII."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"}

@@ -318,6 +318,7 @@ def test_a_profilers_report_is_seen(cli, profiler, caplog):
     assert "run_training_batch" in caplog.text or "Self CPU time total" in caplog.text
 
 
+@pytest.mark.long
 def test_what_was_asked_for_is_heard(spawn):
     stop = flags("EarlyStopping monitor=val_acc patience=1 verbose=true")
     process = spawn("fit", *TINY, "--trainer.max_epochs", 30, "--trainer.profiler", "simple", *stop)
