@@ -53,6 +53,10 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     """
     flat = " ".join(message.split())
     remedy = f"\nAll options: python -m lenet_pl {command} --help"
+    key = re.search(r'Parser key "([\w.]+)"', flat)
+    inside = re.search(r"Problem with given class_path '(\S+)': (.+?)(?: - .*|$)", flat)
+    if key and inside:  # such as a callback with a wrong argument
+        return f"{key[1]}={inside[1]}: {explain(inside[2], command, ())}"
     unknown = re.search(r"(?:unrecognized arguments: |does not accept option '|Option ')([^\s=']+)", flat)
     if unknown:
         name = unknown[1]
@@ -60,12 +64,8 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
         alike = nearest(name.lstrip("-"), options)
         hint = f"; did you mean {dashes}{alike}?" if alike else ""
         return f"unknown option {name}{hint}{remedy}"
-    key = re.search(r'Parser key "([\w.]+)"', flat)
     if not key:
         return shorten(flat) + remedy
-    inside = re.search(r"Problem with given class_path '(\S+)': (.+?)(?: - .*|$)", flat)
-    if inside:
-        return f"{key[1]}={inside[1]}: {shorten(inside[2])}{remedy}"
     values = re.findall(r"(?:Given value:|Got value:|Unable to load config) ?(.*?)(?= Given value|\.? - |$)", flat)
     given = f"={shorten(values[-1], 80)}" if values else ""
     kinds = [_TYPES.get(kind, kind) for kind in map("".join, _EXPECTED.findall(flat))]

@@ -173,6 +173,17 @@ WRONG_USE = [
     ("fit --trainer.callbacks nonsense", "trainer.callbacks=nonsense", "a class such as"),
     ("fit --trainer.callbacks os.system", "trainer.callbacks=os.system", "a subclass of Callback"),
     ("fit --trainer.callbacks EarlyStopping", "trainer.callbacks=", "EarlyStopping", "monitor"),
+    (
+        "fit --trainer.callbacks EarlyStopping --trainer.callbacks.patience x",
+        "EarlyStopping",
+        "patience=x",
+        "an integer",
+    ),
+    (
+        "fit --trainer.callbacks EarlyStopping --trainer.callbacks.patiense 3",
+        "EarlyStopping",
+        "unknown option patiense",
+    ),
     ("fit --trainer.profiler nonsense", "profiler", "'simple'"),
     ("fit --trainer.default_root_dir s3://bucket", "s3://bucket", "a folder"),
     *((f"fit {CPU} --trainer.devices {n}", f"trainer.devices={n}", "from 1 to") for n in (0, -1, -3, 9999, "x", [0])),
