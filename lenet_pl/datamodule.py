@@ -40,7 +40,6 @@ class FashionMNISTDataModule(LightningDataModule):
         flip: Whether to mirror each training image left-right with probability one half.
         shift: Largest random shift of a training image in pixels, 0 to 27. Each image and axis draws its own.
         images: For ``predict``: pictures, folders or patterns such as ``*.png``; the test images by default.
-        preprocess: Whether to make those pictures look like the training images.
 
     Raises:
         UsageError: If an argument is out of its range.
@@ -58,10 +57,9 @@ class FashionMNISTDataModule(LightningDataModule):
         flip: bool = False,
         shift: int = 0,
         images: str | list[str] | None = None,
-        preprocess: bool = True,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images", "preprocess"])
+        self.save_hyperparameters(ignore=["images"])
         for name, is_fine, expected in (
             ("batch_size", 1 <= batch_size <= 60_000, "an integer from 1 to 60000"),
             ("val_size", 0 <= val_size <= 59_999, "an integer from 0 to 59999"),
@@ -75,7 +73,6 @@ class FashionMNISTDataModule(LightningDataModule):
         self.data_dir, self.batch_size, self.val_size, self.split_seed = data_dir, batch_size, val_size, split_seed
         self.steps_per_execution = steps_per_execution
         self.mean, self.std, self.flip, self.shift = mean, std, flip, shift
-        self.preprocess = preprocess
         self.files: list[Path] = []  # the pictures to predict
         if images:
             from lenet_pl.apps import pictures  # only predict needs it
@@ -173,7 +170,7 @@ class FashionMNISTDataModule(LightningDataModule):
         images = torch.zeros(len(paths), 1, 28, 28, dtype=torch.uint8)
         for image, path in zip(images, paths, strict=True):
             try:
-                image.copy_(prepare.to_uint8(pictures.load(path), self.preprocess))
+                image.copy_(prepare.to_uint8(pictures.load(path)))
             except (OSError, ValueError) as error:
                 self.errors[path] = str(error)
         return normalise(images, self.mean, self.std), torch.zeros(len(paths), dtype=torch.int64)

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
-from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from lenet_pl.atomic import write_atomic
@@ -33,7 +31,6 @@ SOURCES: tuple[str, ...] = (
     "apt:dataset-fashion-mnist",
 )
 TIMEOUT = 10.0  # seconds that a mirror may stay silent
-PAUSES = (0.5, 1.0)  # seconds before each retry of a transfer that broke
 APT_TIMEOUT = 300  # seconds for one apt command
 
 # The errors of a bad source. Trouble in the data folder is handled elsewhere.
@@ -147,19 +144,6 @@ def _verified(file: BinaryIO, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    for pause in PAUSES:
-        try:
-            return _transfer(url, name)
-        except _FAULTS as error:
-            # Without a connection, or after an answer such as 404, the next mirror is the better choice.
-            is_hopeless = error.code < 500 if isinstance(error, HTTPError) else isinstance(error, URLError)
-            if is_hopeless:
-                raise
-            time.sleep(pause)
-    return _transfer(url, name)
-
-
-def _transfer(url: str, name: str) -> bytes:
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress
 

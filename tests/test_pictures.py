@@ -38,8 +38,8 @@ def stored(picture, tmp_path, name, **options):
     return load(tmp_path / name)
 
 
-def pixels_of(picture, **options):
-    seen = to_uint8(picture, **options)
+def pixels_of(picture):
+    seen = to_uint8(picture)
     assert (seen.shape, seen.dtype) == ((1, 28, 28), torch.uint8)
     return seen[0].numpy().astype(int)
 
@@ -247,7 +247,6 @@ def test_a_photo_on_a_wall_has_a_black_background(ground):
 def test_any_mode_and_size_gives_an_image(mode, size):
     picture = Image.new(mode, size)
     assert np.ptp(pixels_of(picture)) == 0  # even all over: nothing but background
-    pixels_of(picture, preprocess=False)
 
 
 def test_a_very_large_picture():
@@ -256,13 +255,6 @@ def test_a_very_large_picture():
     assert seen[0].max() > 150
     assert seen[27].max() > 150
     assert not seen[:, :6].any()
-
-
-def test_without_preprocessing_only_grey_and_size():
-    assert (pixels_of(Image.fromarray(255 - garment()), preprocess=False) == 255 - garment()).all()
-    seen = pixels_of(draw((0, 0, 50, 100), (100, 100)), preprocess=False)
-    assert (seen[:, 0] == 0).all()
-    assert (seen[:, -1] == 255).all()
 
 
 # --- files ---

@@ -89,7 +89,7 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
     def classify(upload: tuple[str, str]) -> list[Any]:
         path, name = upload
         try:
-            return [*_examine(Path(path), classifier, data.preprocess), alert(""), None]
+            return [*_examine(Path(path), classifier), alert(""), None]
         except (OSError, ValueError) as error:
             return [None, None, None, alert(f"{one_line(name)}: {error}"), None]
 
@@ -135,10 +135,10 @@ def _examples(data: FashionMNISTDataModule, folder: Path) -> dict[str, str]:
     return examples
 
 
-def _examine(path: Path, classifier: Classifier, preprocess: bool) -> tuple[Image.Image, Image.Image, dict[str, float]]:
+def _examine(path: Path, classifier: Classifier) -> tuple[Image.Image, Image.Image, dict[str, float]]:
     """Returns a picture, what the net sees of it, and the probability of each class; raises what ``load`` raises."""
     picture = pictures.load(path)
-    seen = prepare.to_uint8(picture, preprocess)  # [1, 28, 28]
+    seen = prepare.to_uint8(picture)  # [1, 28, 28]
     with torch.inference_mode():
         probabilities = classifier(seen[None]).softmax(1)[0].tolist()  # [10]
     label = dict(zip(FashionMNIST.classes, probabilities, strict=True))

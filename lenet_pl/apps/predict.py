@@ -102,7 +102,7 @@ def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.
         picture = pictures.load(data.files[i])
     except (OSError, ValueError):  # it was readable a moment ago and has changed since
         return plots.Row(title, None, None, prediction.top)
-    seen = prepare.to_uint8(picture, data.preprocess)[0].numpy()
+    seen = prepare.to_uint8(picture)[0].numpy()
     picture = prepare.flatten(picture)
     picture.thumbnail((200, 200))
     return plots.Row(title, np.asarray(picture), seen, prediction.top)

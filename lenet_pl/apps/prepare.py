@@ -19,16 +19,11 @@ from PIL import Image, ImageFilter, ImageOps, ImageStat
 SIDE = 28
 
 
-def to_uint8(picture: Image.Image, preprocess: bool = True) -> torch.Tensor:
-    """Turns a picture of any mode and size into an image like the data set's: ``[1, 28, 28]``, uint8, black behind.
-
-    Without ``preprocess`` it is only made grey and brought to 28×28, which is right for pictures prepared already.
-    """
+def to_uint8(picture: Image.Image) -> torch.Tensor:
+    """Turns a picture of any mode and size into an image like the data set's: ``[1, 28, 28]``, uint8, black behind."""
     picture = flatten(picture)
     grey = picture.convert("L")
-    if not preprocess:
-        grey = grey.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    elif picture.size == (SIDE, SIDE):
+    if picture.size == (SIDE, SIDE):
         grey = ImageOps.invert(grey) if background(grey)[0] > 127 else grey
     else:  # the paper centres before it negates, which differs only by an edge in the background's colour
         small = sharpen(resize(trim(picture), SIDE)).convert("L")
