@@ -5,8 +5,9 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from lenet_pl import __version__
+from lenet_pl import __version__, process
 
 COMMANDS = {
     "fit": "train; at the end score the best checkpoint on the test set",
@@ -78,9 +79,14 @@ def _main(args: list[str]) -> int:
         print(f"lenet_pl {__version__}")
         return 0
     if args[0] in COMMANDS:
-        from lenet_pl.commands import run
+        try:
+            with process.stopping():
+                from lenet_pl.commands import run  # takes seconds
 
-        return run(args[0], args[1:])
+                return run(args[0], args[1:])
+        except process.Stopped as stop:
+            print(f"stopped by {stop.name}", file=sys.stderr)
+            return int(stop.code or 0)
     later = [name for name in COMMANDS if name in args]
     near = difflib.get_close_matches(args[0].lower(), COMMANDS, 1)
     if args[0].startswith("-") and later:
@@ -93,5 +99,13 @@ def _main(args: list[str]) -> int:
     return 2
 
 
+def entry() -> NoReturn:
+    """Runs the command line as a process of its own."""
+    code = main()
+    if code in (130, 143):
+        os._exit(code)  # at once: what the libraries would clean up takes seconds, and nothing needs it
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.adam import adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def is_ready(optimizer: Optimizer) -> bool:
@@ -18,6 +19,12 @@ def is_ready(optimizer: Optimizer) -> bool:
         return False
     if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(Adam.step):  # a derived class with a step of its own
         return False
+    # Torch has no public way to ask for hooks, which somebody has registered to see each step.
+    hooks = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    hooks += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    hooks += [parameter._post_accumulate_grad_hooks for parameter in groups[0]["params"]]
+    if any(hooks):
+        return False
     return all(parameter.requires_grad and parameter in optimizer.state for parameter in groups[0]["params"])
 
 
@@ -25,7 +32,7 @@ def is_ready(optimizer: Optimizer) -> bool:
 def step(optimizer: Adam, loss: Tensor) -> None:
     """Does what ``zero_grad``, ``backward`` and ``step`` do, to the bit, by the function that ``Adam.step`` calls.
 
-    It leaves ``grad`` of the parameters alone, and calls no hooks of the optimizer.
+    It leaves ``grad`` of the parameters alone.
 
     Args:
         optimizer: One that :func:`is_ready` accepts.

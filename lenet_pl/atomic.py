@@ -1,5 +1,6 @@
 """Writes a file whole or not at all. This module needs neither torch nor Lightning."""
 
+import contextlib
 import errno
 import os
 import secrets
@@ -30,7 +31,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException as error:  # Ctrl-C too
         if isinstance(error, OSError):
             error.filename = str(path)  # otherwise it is empty or the temporary file
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that can only be read refuses this, too
+            temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 

@@ -56,19 +56,21 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
     what it is.
 
     Args:
-        trainer: The trainer that will run the loader; None for a loop by hand, which gets plain batches.
+        trainer: The trainer that runs the loader. Outside of a run, and without one, there are only plain batches.
         wanted: Optimizer steps that are asked for, at least 1.
 
     Returns:
         ``wanted``, or 1 where single steps are needed.
     """
-    if trainer is None or not getattr(trainer.lightning_module, "takes_blocks", False):
+    if trainer is None or trainer.state.status != "running":  # the loader is for a loop by hand, or another trainer
+        return 1
+    if not getattr(trainer.lightning_module, "takes_blocks", False):
         return 1
     steps = wanted
     if wanted > 1 and (reason := _objection(trainer)):
         rank_zero_only(print)(f"steps_per_execution: 1 instead of {wanted}, because {reason}")
         steps = 1
-    trainer.lightning_module.automatic_optimization = steps == 1
+    switch(trainer.lightning_module, on=steps > 1)
     loop = trainer.fit_loop
     automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
     manual.optim_step_progress.total = automatic.optim_progress.optimizer.step.total
@@ -78,6 +80,13 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
         # max_steps ends the training: there it would first go through the old epoch again, without a batch.
         loop._restarting = loop.epoch_loop.restarting = False
     return steps
+
+
+def switch(module: LightningModule, on: bool) -> None:
+    """Makes a module optimize manually for blocks, or again as it did before; its own manual optimization stays."""
+    if getattr(module, "runs_blocks", False) != on:
+        module.automatic_optimization = not on
+        module.runs_blocks = on  # type: ignore[assignment]
 
 
 def _objection(trainer: Trainer) -> str | None:

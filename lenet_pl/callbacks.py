@@ -16,7 +16,7 @@ from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.checkpoint import load_ours
 from lenet_pl.console import epoch_line
-from lenet_pl.errors import CheckpointError
+from lenet_pl.errors import CheckpointError, Failure
 
 
 class RunFolder(Callback):
@@ -58,7 +58,11 @@ class RunFolder(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((folder / runs.CHECKPOINTS).resolve())
-                if callback.save_last:  # the name last.ckpt belongs to our checkpoint of the newest epoch
+                # The names best.ckpt and last.ckpt belong to our own checkpoints.
+                is_ours = isinstance(callback, BestCheckpoint | LastCheckpoint)
+                if not is_ours and callback.filename in (Path(runs.BEST).stem, Path(runs.LAST).stem):
+                    callback.filename = f"{type(callback).__name__}-{callback.filename}"
+                if callback.save_last:
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -72,22 +76,29 @@ class RunFolder(Callback):
                 state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves the settings with which a run resumes, and drops what is newer than its checkpoint."""
-        if self.resumed and trainer.is_global_zero:  # the checkpoint has been accepted by now
-            write_atomic(self.resumed / runs.CONFIG, self.config.encode())
-            for outdated in (runs.FINISHED, runs.SCORE, runs.REPORT):
-                (self.resumed / outdated).unlink(missing_ok=True)
-            for half in self.resumed.rglob(".*.tmp"):  # the stopped process was writing it
-                half.unlink(missing_ok=True)
-            if self.ckpt_path:  # perhaps it is not that of the newest epoch
-                write_atomic(self.resumed / runs.LAST, self.ckpt_path.read_bytes())
-            finished = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            kept = [row for row in runs.read_results(self.resumed) if int(row["epoch"]) <= finished]
-            runs.write_results(self.resumed, kept)
+        """Ends a training at once that EarlyStopping had ended before, unless its patience is larger now."""
+        for callback in trainer.early_stopping_callbacks:
+            has_patience = 0 < callback.wait_count < callback.patience
+            if callback.stopped_epoch and not has_patience:
+                trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the epoch's clock."""
+        is_first = not self.started
         self.started, self.validated = time.perf_counter(), False
+        if is_first and self.resumed and trainer.is_global_zero:  # nobody has refused to go on
+            self._resume(self.resumed, trainer.current_epoch)
+
+    def _resume(self, folder: Path, finished: int) -> None:
+        """Saves the settings with which a run resumes, and drops what is newer than its ``finished`` epochs."""
+        write_atomic(folder / runs.CONFIG, self.config.encode())
+        for outdated in (runs.FINISHED, runs.SCORE, runs.REPORT):
+            (folder / outdated).unlink(missing_ok=True)
+        for half in folder.rglob(".*.tmp"):  # the stopped process was writing it
+            half.unlink(missing_ok=True)
+        if self.ckpt_path:  # if this training is stopped before its next checkpoint, last.ckpt must mean this one
+            write_atomic(folder / runs.LAST, self.ckpt_path.read_bytes())
+        runs.write_results(folder, [row for row in runs.read_results(folder) if int(row["epoch"]) <= finished])
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Notes that this epoch has validation metrics: Lightning keeps those of earlier epochs."""
@@ -97,7 +108,7 @@ class RunFolder(Callback):
         """Writes the epoch's row and prints its line.
 
         Raises:
-            FloatingPointError: If the training diverged. The checkpoints of earlier epochs stay.
+            Failure: If the training diverged. The checkpoints of earlier epochs stay.
         """
         epoch, seconds = trainer.current_epoch + 1, round(time.perf_counter() - self.started, 3)
         metrics = rounded_metrics(trainer)
@@ -109,7 +120,7 @@ class RunFolder(Callback):
         weights = float(sum(weight.detach().abs().sum() for weight in pl_module.parameters()))
         for name, value in {**row, "a weight": weights}.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(
+                raise Failure(
                     f"{name} is NaN or infinite in epoch {epoch}: the training diverged at lr "
                     f"{pl_module.hparams['lr']}. Try a smaller --model.lr. Checkpoints of finished epochs are intact."
                 )
@@ -146,11 +157,11 @@ def _reason(trainer: Trainer) -> str | None:
     if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            return f"EarlyStopping: {callback.stopping_reason_message}"
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            return f"EarlyStopping: {callback.stopping_reason_message or 'it had ended the training before'}"
         remaining = callback.time_remaining() if isinstance(callback, Timer) else None
         if remaining is not None and remaining <= 0:
-            return "the time limit is reached (trainer.max_time)"
+            return "the time limit is reached"
     return "a callback asked for it"
 
 
@@ -209,9 +220,8 @@ class BestCheckpoint(ModelCheckpoint):
             # The folder may have been moved.
             states[self.state_key] = {**state, "dirpath": self.dirpath, "best_model_path": str(self._best)}
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Deletes a best.ckpt that is of a later epoch than the one from which the run resumes."""
-        super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not self.best_model_path:
             self._best.unlink(missing_ok=True)
 

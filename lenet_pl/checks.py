@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from lenet_pl import blocks, runs
 from lenet_pl.errors import UsageError, require
+from lenet_pl.names import decoded, one_line
 
 # Options of the Trainer that must be above 0.
 ABOVE_0 = (
@@ -22,6 +22,12 @@ ABOVE_0 = (
     "val_check_interval",
     "limit_train_batches",
     "limit_test_batches",
+    "limit_predict_batches",
+)
+# Options of the Trainer that decide what a training of some length ends with.
+DECISIVE = tuple(
+    f"trainer.{name}"
+    for name in ("precision", "callbacks", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
 )
 # Settings that change what the numbers in a checkpoint mean. A resumed run must keep them.
 FIXED = {"model": ("variant", "batch_norm", "composed_kernels"), "data": ("val_size", "split_seed", "mean", "std")}
@@ -48,23 +54,32 @@ def check(command: str, config: Namespace) -> None:
     threads = config.threads
     require(threads is None or 1 <= threads <= most, f"threads={threads}", f"an integer from 1 to {most}")
     root, strategy = str(trainer.default_root_dir), str(trainer.strategy)
-    require("://" not in root, f"trainer.default_root_dir={root}", "a folder on this machine")
+    fits = "://" not in root and root == decoded(root)
+    require(fits, f"trainer.default_root_dir={one_line(root)}", "a folder on this machine, with a name in UTF-8")
     # Processes of these kinds pass the weights on in files that are not checkpoints of ours.
     is_odd = re.search("spawn|fork|notebook", strategy) is not None
     require(not is_odd, f"trainer.strategy={strategy}", "auto or ddp")
-    _check_devices(trainer.accelerator, str(trainer.devices), most)
+    devices = str(trainer.devices)
+    fits = not devices.isdecimal() or 1 <= int(devices) <= most  # Lightning would start any number of CPU processes
+    require(fits, f"trainer.devices={devices}", f"a number from 1 to {most}")
 
 
-def _check_devices(accelerator: Any, devices: str, most: int) -> None:
-    """Refuses an accelerator that this machine does not have, and more CPU processes than ``most``."""
-    available = {name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()}
-    known = available | {"auto"} | ({"gpu"} if available & {"cuda", "mps"} else set())
-    hint = f"one of {', '.join(sorted(known))} on this machine\nTo run on the CPU: --trainer.accelerator cpu"
-    is_known = not isinstance(accelerator, str) or accelerator in known
-    require(is_known, f"trainer.accelerator={accelerator}", hint)
-    if accelerator == "cpu" or available == {"cpu"}:
-        fine = ("auto", *map(str, range(1, most + 1)))
-        require(devices in fine, f"trainer.devices={devices}", f"a number of CPU processes from 1 to {most}")
+def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
+    """Says whether a run is finished, and as long as the settings ``new`` ask for; ``old`` are those of the run.
+
+    Raises:
+        UsageError: If it is finished but was trained with other settings.
+    """
+    if not (folder / runs.FINISHED).is_file():
+        return False
+    if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
+        return False
+    decisive = [f"model.{name}" for name in vars(new.model)] + [f"data.{name}" for name in vars(new.data)]
+    for name in ("seed_everything", *DECISIVE, *decisive):
+        if name != "data.data_dir" and old[name] != new[name]:
+            change = f"{name}: {old[name]} before, {new[name]} now"
+            raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
+    return True
 
 
 def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
@@ -89,7 +104,7 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
     done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs
     if most and most < done:
         raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least that")
-    if most == done and path.name != Path(runs.LAST).name:
+    if most == done and path.name != Path(runs.LAST).name:  # a finished run is scored again from its last.ckpt alone
         raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected more than that")
     steps, most = checkpoint["global_step"], config.trainer.max_steps
     if 0 < most < steps:

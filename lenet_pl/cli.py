@@ -13,6 +13,7 @@ from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
+import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -46,6 +47,7 @@ class CLI(LightningCLI):
         path: The checkpoint's file, if the command starts from a checkpoint.
         checkpoint: Its content.
         resumed: The folder of the run that a training resumes.
+        is_finished: Whether ``auto`` has found that run finished.
         stored: All settings of the checkpoint or of that run.
         run_writer: The callback that writes the run folder of a training.
 
@@ -58,6 +60,7 @@ class CLI(LightningCLI):
         self.path: Path | None = None
         self.checkpoint: dict[str, Any] = {}
         self.resumed: Path | None = None
+        self.is_finished = False
         self.run_writer: RunFolder | None = None
         super().__init__(
             LitLeNet,
@@ -82,13 +85,14 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of this command that are not about trainer, model or data."""
         words = "A file, or best, last, pretrained" + (" or auto." if self.command == "fit" else ".")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help=words)
-        parser.add_argument("--name", type=str | None, default=None, help="Folder in runs/ (default: the config's).")
+        # The type is str, although None is the default: otherwise a value such as #1 would be read as YAML.
+        parser.add_argument("--ckpt_path", type=str, default=None, help=words)
+        parser.add_argument("--name", type=str, default=None, help="Folder in runs/ (default: the config's).")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; results depend on them.")
         if self.command == "fit":
             parser.add_argument("--test", type=bool, default=True, help="Whether to score the test images at the end.")
         if self.command in ("predict", "export"):
-            parser.add_argument("--output", type=str | None, default=None, help="Folder to write to, or export's file.")
+            parser.add_argument("--output", type=str, default=None, help="Folder to write to, or export's file.")
         if self.command == "demo":
             parser.add_argument("--port", type=int, default=7860, help="TCP port on 127.0.0.1, 1 to 65535.")
 
@@ -98,10 +102,10 @@ class CLI(LightningCLI):
             print(_help(parser, self.command))
             sys.exit(0)
         # jsonargparse would take only one picture, and would read a file name such as [a] as a list.
-        pictures = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        pictures.add_argument("--data.images", dest="names", nargs="*", action="extend")
-        taken, args = pictures.parse_known_args(args)
+        pictures = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        pictures.add_argument("--data.images", dest="names", nargs="+", action="extend")
         try:
+            taken, args = pictures.parse_known_args(args)
             prints_config = any(arg.startswith("--print_config") for arg in args)  # jsonargparse does, with defaults
             given = parser.parse_args(args, defaults=prints_config)
             if taken.names:
@@ -120,7 +124,9 @@ class CLI(LightningCLI):
         except (ArgumentError, TypeError, KeyError) as error:
             raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
         checks.check(self.command, self.config)
-        if self.command == "fit" and self.path:
+        if self.resumed and self.config.ckpt_path == "auto":
+            self.is_finished = checks.is_finished(self.resumed, self.stored, self.config)
+        if self.command == "fit" and self.path and not self.is_finished:
             checks.check_resume(self.config, self.path, self.checkpoint)
 
     def _find_stored(self, word: str | None) -> dict[str, Any]:
@@ -167,7 +173,10 @@ class CLI(LightningCLI):
         except UsageError:
             raise
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
-            raise UsageError(explain(str(error), self.command, ())) from error
+            text, accelerator = explain(str(error), self.command, ()), self.config.trainer.accelerator
+            if accelerator not in ("auto", "cpu") and not torch.accelerator.is_available():
+                text += f"\nTo run on the CPU instead of {accelerator}: --trainer.accelerator cpu"
+            raise UsageError(text) from error
         if not self.checkpoint:
             return
         try:

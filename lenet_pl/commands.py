@@ -14,7 +14,7 @@ from lenet_pl.atomic import write_atomic
 from lenet_pl.callbacks import rounded_metrics
 from lenet_pl.cli import CLI
 from lenet_pl.console import format_metric
-from lenet_pl.errors import UsageError, tell
+from lenet_pl.errors import Failure, UsageError, tell
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line, quoted
 
@@ -25,7 +25,7 @@ def fit(cli: CLI) -> None:
     """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
     writer = cli.run_writer
     folder = writer.path if writer else None  # so far only that of a run to resume
-    if folder and cli.config.ckpt_path == "auto" and _is_finished(cli, folder):
+    if folder and cli.is_finished:
         say(f"{folder} is finished: {(folder / runs.FINISHED).read_text('utf-8').strip()}")
         if not cli.config.test or (folder / runs.SCORE).is_file():
             return
@@ -35,10 +35,10 @@ def fit(cli: CLI) -> None:
             if writer:
                 writer.finish(cli.trainer)
         finally:
-            if writer and not cli.trainer.global_step:  # no step was taken
+            if writer and cli.trainer.global_step <= cli.checkpoint.get("global_step", 0):  # no step was taken
                 writer.discard()
         folder = writer.path if writer else None
-    if folder is None or not cli.trainer.checkpoint_callbacks:
+    if folder is None or not cli.trainer.checkpoint_callbacks:  # without checkpoints there is nothing to score
         return
     path = runs.scored_checkpoint(folder)
     if path is None:
@@ -49,25 +49,6 @@ def fit(cli: CLI) -> None:
         test(cli)  # last: ``auto`` takes a run with a score for finished
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
     say(f"run folder: {one_line(folder)}\nnext: {one_line(command)}")
-
-
-def _is_finished(cli: CLI, folder: Path) -> bool:
-    """Says whether the run that ``auto`` found is finished, and as long as the command line asks for.
-
-    Raises:
-        UsageError: If it is finished but was trained with other settings.
-    """
-    if not (folder / runs.FINISHED).is_file():
-        return False
-    old, new = cli.stored, cli.config
-    if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
-        return False
-    decisive = [f"model.{name}" for name in vars(new.model)] + [f"data.{name}" for name in vars(new.data)]
-    for name in ("seed_everything", "trainer.precision", *decisive):
-        if name != "data.data_dir" and old[name] != new[name]:
-            change = f"{name}: {old[name]} before, {new[name]} now"
-            raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
-    return True
 
 
 def validate(cli: CLI) -> None:
@@ -91,8 +72,8 @@ def test(cli: CLI) -> None:
     }
     if cli.trainer.is_global_zero:
         folder = runs.folder_of(cli.path) or runs.beside(cli.path)
-        write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
+        write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def predict(cli: CLI) -> None:
@@ -136,14 +117,15 @@ def run(command: str, args: list[str]) -> int:
     process.quiet()
     cli = None
     try:
-        with process.stopping():
-            cli = CLI(command, args)
-            _FUNCTIONS[command](cli)
+        cli = CLI(command, args)
+        _FUNCTIONS[command](cli)
     except process.Stopped as stop:
         if command == "fit":
             say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
         return int(stop.code or 0)
-    except SystemExit as leave:  # --help and --print_config
+    except SystemExit as leave:  # --help, --print_config, or a callback
+        if isinstance(leave.code, str):
+            return tell(Failure(leave.code), 1)
         return int(leave.code or 0)
     except BrokenPipeError:  # nobody reads the output any more (``| head``): __main__ handles that
         raise

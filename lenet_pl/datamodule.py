@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from lenet_pl import blocks, download
 from lenet_pl.errors import require
 from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, EvalLoader, TrainLoader, generator, normalise, training_seed
+from lenet_pl.pictures import files, prepare
 
 
 class FashionMNIST(torchvision.datasets.FashionMNIST):  # type: ignore[misc]
@@ -73,11 +74,7 @@ class FashionMNISTDataModule(LightningDataModule):
         self.data_dir, self.batch_size, self.val_size, self.split_seed = data_dir, batch_size, val_size, split_seed
         self.steps_per_execution = steps_per_execution
         self.mean, self.std, self.flip, self.shift = mean, std, flip, shift
-        self.files: list[Path] = []  # the pictures to predict
-        if images:
-            from lenet_pl.apps import pictures  # only predict needs it
-
-            self.files = pictures.find(images)
+        self.files = files.find(images) if images else []  # the pictures to predict
         self.errors: dict[Path, str] = {}  # the pictures that could not be read, and why
         self.seed = 0  # the training seed; setup sets it
         self.train_set: Batch | None = None  # uint8 images and labels, like the next two
@@ -92,7 +89,7 @@ class FashionMNISTDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads the images that the stage needs: for training and validation, or for the test.
 
-        For ``fit`` it also takes the training seed, and switches validation off where no images are held out for it.
+        For ``fit`` it also takes the training seed.
 
         Raises:
             UsageError: If ``val_size`` leaves no image to train on.
@@ -109,8 +106,6 @@ class FashionMNISTDataModule(LightningDataModule):
             self.test_set = self._read(train=False)
         if stage == "fit":
             self.seed = training_seed(self.trainer)
-            if self.trainer and not self.val_size:
-                self.trainer.limit_val_batches = 0  # otherwise Lightning warns about an empty loader
 
     def _read(self, train: bool) -> Batch:
         data = FashionMNIST(self.data_dir, train=train)
@@ -118,18 +113,21 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks."""
+        is_wrapped = type(self).train_dataloader is not FashionMNISTDataModule.train_dataloader  # by a derived class
         return TrainLoader(
             **self._shared_arguments(self.train_set),
             batch_size=self.batch_size,
             seed=self.seed,
             flip=self.flip,
             max_shift=self.shift,
-            steps_per_block=blocks.prepare(self.trainer, self.steps_per_execution),
+            steps_per_block=blocks.prepare(self.trainer, 1 if is_wrapped else self.steps_per_execution),
             shuffle=not (self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
         )
 
-    def val_dataloader(self) -> EvalLoader:
-        """Returns the validation batches."""
+    def val_dataloader(self) -> EvalLoader | list[Any]:
+        """Returns the validation batches, or nothing where no images are held out for them."""
+        if not self.val_size:
+            return []
         return EvalLoader(**self._shared_arguments(self.val_set))
 
     def test_dataloader(self) -> EvalLoader:
@@ -157,20 +155,11 @@ class FashionMNISTDataModule(LightningDataModule):
             "world": trainer.world_size if trainer else 1,
         }
 
-    def first_images(self, n: int) -> Batch:
-        """Returns the first n training images of the first epoch, uint8, ``[n, 1, 28, 28]``, and their labels."""
-        assert self.train_set is not None, "call setup() first"
-        images, labels = self.train_set
-        order, _, _ = TrainLoader(images, labels, n, self.mean, self.std, self.seed).draw()
-        return images[order[:n]], labels[order[:n]]
-
     def _load_pictures(self, paths: list[Path]) -> Batch:
-        from lenet_pl.apps import pictures, prepare
-
         images = torch.zeros(len(paths), 1, 28, 28, dtype=torch.uint8)
         for image, path in zip(images, paths, strict=True):
             try:
-                image.copy_(prepare.to_uint8(pictures.load(path)))
+                image.copy_(prepare.to_uint8(files.load(path)))
             except (OSError, ValueError) as error:
                 self.errors[path] = str(error)
         return normalise(images, self.mean, self.std), torch.zeros(len(paths), dtype=torch.int64)

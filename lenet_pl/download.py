@@ -14,6 +14,7 @@ from typing import BinaryIO
 from urllib.request import urlopen
 
 from lenet_pl.atomic import write_atomic
+from lenet_pl.errors import Failure
 
 # The name of each file, with the SHA-256 and the size in bytes of its raw content.
 FILES = {
@@ -37,8 +38,8 @@ APT_TIMEOUT = 300  # seconds for one apt command
 _FAULTS = (OSError, ValueError, HTTPException)
 
 
-class DataError(RuntimeError):
-    """The data cannot be fetched or stored. The message is meant for the user and says what to do."""
+class DataError(Failure):
+    """The data cannot be fetched or stored."""
 
 
 def ensure(data_dir: str | Path) -> Path:

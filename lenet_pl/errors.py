@@ -20,6 +20,10 @@ class UsageError(ValueError):
     """The user gave a wrong command, flag, value or file. The process exits with 2."""
 
 
+class Failure(RuntimeError):  # noqa: N818 (UsageError is the other kind)
+    """Something failed at run time, such as a download. The text is for the user. The process exits with 1."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint is missing or cannot be used. The text gives name, cause and remedy in at most three lines."""
 
@@ -55,8 +59,9 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     remedy = f"\nAll options: python -m lenet_pl {command} --help"
     key = re.search(r'Parser key "([\w.]+)"', flat)
     inside = re.search(r"Problem with given class_path '(\S+)': (.+?)(?: - .*|$)", flat)
-    if key and inside:  # such as a callback with a wrong argument
-        return f"{key[1]}={inside[1]}: {explain(inside[2], command, ())}"
+    if inside:  # such as a callback with a wrong argument, or that cannot be imported
+        option = f"{key[1]}=" if key else ""
+        return f"{option}{inside[1]}: {explain(inside[2], command, ())}"
     unknown = re.search(r"(?:unrecognized arguments: |does not accept option '|Option ')([^\s=']+)", flat)
     if unknown:
         name = unknown[1]
@@ -79,9 +84,10 @@ def tell(error: BaseException, code: int) -> int:
         traceback.print_exception(error)
     text = str(error)
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        text = f"{error.filename or 'the disk'}: {error.strerror}\n"
-        text += "Correct that, or choose another folder: --trainer.default_root_dir for runs, --output for the rest"
-    elif not type(error).__module__.startswith("lenet_pl") and not isinstance(error, FloatingPointError):
+        place = os.fsdecode(error.filename) if error.filename else "the disk or standard output"
+        text = f"{place}: {error.strerror}\nFree space or correct the permissions there, or choose another folder: "
+        text += "--trainer.default_root_dir for a training, --output for predict and export"
+    elif not isinstance(error, UsageError | Failure):
         text = f"{type(error).__name__}: {shorten(text)}\nLENET_PL_DEBUG=1 shows where it comes from"
     print(f"error: {text}", file=sys.stderr)
     return code

@@ -83,6 +83,7 @@ class TrainLoader:
     rank: int = 0  # the number of this process
     world: int = 1  # the number of processes
     epoch: int = 0
+    batch_sampler = None  # Lightning asks for it where it finds a ``sampler``
 
     def __post_init__(self) -> None:
         if self.shuffle:

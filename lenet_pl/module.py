@@ -102,7 +102,7 @@ class LitLeNet(LightningModule):
         """Takes the seed of the training."""
         if stage == "fit":
             self.seed = training_seed(self.trainer)
-            self.automatic_optimization = True  # until a loader of blocks says otherwise
+            blocks.switch(self, on=False)  # a training that failed may have left them on
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
@@ -136,8 +136,8 @@ class LitLeNet(LightningModule):
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))
 
     def teardown(self, stage: str) -> None:
-        """Restores automatic optimization, which the loader may have replaced for this training."""
-        self.automatic_optimization = True
+        """Restores automatic optimization where ``blocks.prepare`` has replaced it for this training."""
+        blocks.switch(self, on=False)
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of an optimizer step, counted from 0."""
@@ -186,10 +186,11 @@ class LitLeNet(LightningModule):
         self.log("n", float(len(batch[1])), reduce_fx="sum", sync_dist=True, logger=False)
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Returns the class probabilities, ``[B, 10]``."""
         with torch.autocast(self.device.type, enabled=False):  # as in _evaluate
-            probabilities: Tensor = self(batch[0]).softmax(-1)
+            images = batch if isinstance(batch, Tensor) else batch[0]  # a loader of the user's may have no labels
+            probabilities: Tensor = self(images).softmax(-1)
         return probabilities
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
@@ -217,9 +218,9 @@ class LitLeNet(LightningModule):
         checkpoint["precision"] = self.trainer.precision
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps this module's learning rate and weight decay: they win over those in the checkpoint."""
+        """Lets a learning rate or weight decay that is given now win over that of the optimizer in the checkpoint."""
+        before = checkpoint["hyper_parameters"]
+        changed = [name for name in ("lr", "weight_decay") if self.hparams[name] != before.get(name)]
         for optimizer in checkpoint.get("optimizer_states", ()):
             for group in optimizer["param_groups"]:
-                group["weight_decay"] = self.hparams["weight_decay"]
-                if not checkpoint["lr_schedulers"]:  # a scheduler of the user's goes on from its own rate
-                    group["lr"] = self.hparams["lr"]
+                group.update({name: self.hparams[name] for name in changed})

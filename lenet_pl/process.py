@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -62,8 +63,15 @@ _UNASKED = (
 )
 
 
+def _print_unless_known(failed: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread, unless it is TensorBoard's, whose error appears where an event is logged."""
+    if not type(failed.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failed)
+
+
 def _is_asked_for(record: logging.LogRecord) -> bool:
-    return not record.getMessage().lstrip("\n").startswith(_UNASKED)
+    message = re.sub(r"^\[rank: \d+\] ", "", record.getMessage().lstrip("\n"))
+    return not message.startswith(_UNASKED)
 
 
 def quiet() -> None:
@@ -73,10 +81,13 @@ def quiet() -> None:
             handler.addFilter(_is_asked_for)
     for message in (
         ".*LeafSpec.* is deprecated",  # a matter of Lightning's own code
-        "Checkpoint directory .* is not empty",  # a resumed run writes into its own folder
+        "(?s)Checkpoint directory .* is not empty",  # a resumed run writes into its own folder
         ".*does not have many workers",  # data in memory needs no workers
         "GPU available but not used",  # the user chose that
         "You are trying to `self.log",  # barebones logs nothing
+        "Total length of `list` across ranks is zero",  # a recipe without validation
+        "(?s)Grad strides do not match bucket view strides",  # a matter of speed, for convolutions on several CPUs
     ):
         warnings.filterwarnings("ignore", message=message)
+    threading.excepthook = _print_unless_known
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"

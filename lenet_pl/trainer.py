@@ -65,7 +65,7 @@ def completed(
     if run_writer:
         changed["max_time"] = None  # one of the callbacks looks at the time
         # Lightning warns where an epoch has fewer batches, which are blocks here.
-        changed["log_every_n_steps"] = options.log_every_n_steps or 1
+        changed["log_every_n_steps"] = 1 if options.log_every_n_steps is None else options.log_every_n_steps
     if options.logger in (None, True):
         changed["logger"] = RunLogger(run_writer, step) if run_writer else False
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
@@ -82,7 +82,8 @@ def _of_training(options: Namespace, data: FashionMNISTDataModule) -> list[Callb
         callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
     if options.enable_model_summary is not False and not _has(options.callbacks, ModelSummary):
         callbacks.append(Summary())
-    if options.max_time:  # it ends a training only after an epoch, from which the run can be resumed
+    if options.max_time and not _has(options.callbacks, Timer):
+        # It ends a training only after an epoch, from which the run can be resumed.
         callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
     return callbacks
 

@@ -80,12 +80,12 @@ class Plan:
         self.recipe = Path(args.config).stem
         self.runs = Path(args.root) / "runs"
         self.metric = "test_acc" if args.final else "val_acc"
-        self.runs.mkdir(parents=True, exist_ok=True)
         self.storage = args.storage or f"sqlite:///{self.runs / 'trials.db'}?timeout=60"
         self.engine = sqlalchemy.create_engine(self.storage)
         self.fit = [*FIT, "--config", args.config, "--threads", "1", *rest, "--trainer.default_root_dir", args.root]
         self.space = {name: values for name, _, values in (item.partition("=") for item in args.grid or args.search)}
         self.settings = self._ask_fit()
+        self.runs.mkdir(parents=True, exist_ok=True)
         self.study = f"{self.recipe}-{digest(self.settings, self.space, bool(args.search), args.final)}"
         self.images = 10_000 if args.final else self.settings["data.val_size"]
         if not self.images:
@@ -369,6 +369,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         parser.error("--grid, --search and --final exclude each other: the test images are for what is chosen")
     if ".." in "".join(args.grid):
         parser.error("--grid takes single values, such as model.dropout=0,0.05; --search takes a range")
+    names = [item.partition("=")[0] for item in args.grid or args.search]
+    if len(set(names)) < len(names):
+        parser.error("a setting appears twice; give all its values at once, such as model.dropout=0,0.05")
     for name in ("seeds", "trials", "workers", "heartbeat"):
         if vars(args)[name] < 1:
             parser.error(f"--{name} {vars(args)[name]}: expected at least 1")

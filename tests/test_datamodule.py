@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from lenet_pl import FashionMNISTDataModule
 from lenet_pl.blocks import Block
 from lenet_pl.errors import UsageError
-from lenet_pl.loader import EvalLoader, normalise, shift
+from lenet_pl.loader import EvalLoader, shift
 
 TRAIN, TEST = 330, 53
 
@@ -59,13 +59,6 @@ def test_an_epoch_holds_every_training_image_once_in_a_new_order(data):
         assert (match.sum(1) == 1).all()
         assert torch.equal(labels, expected_labels[match.int().argmax(1)])
     assert not torch.equal(epochs[0][0], epochs[1][0])
-
-
-def test_the_first_images_are_those_that_training_starts_with(data):
-    images, labels = data.first_images(8)
-    first_images, first_labels = next(iter(data.train_dataloader()))
-    assert torch.equal(labels, first_labels)
-    assert torch.equal(normalise(images, data.mean, data.std), first_images)
 
 
 def test_the_last_smaller_batch_is_used(data):

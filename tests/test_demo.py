@@ -18,8 +18,10 @@ from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet
 from lenet_pl.__main__ import main
-from lenet_pl.apps import demo, pictures, prepare
+from lenet_pl.apps import demo
 from lenet_pl.datamodule import FashionMNIST
+from lenet_pl.pictures import prepare
+from lenet_pl.pictures.files import load
 
 FIT = ("--data.val_size", "60", "--data.batch_size", "8", "--trainer.max_epochs", "4")
 RATIO = "image => image.decode().then(() => image.naturalWidth / image.naturalHeight)"
@@ -57,7 +59,7 @@ def net(ckpt):
     model.eval()
 
     def probabilities(path):
-        x = prepare.to_uint8(pictures.load(path))[None].float() / 255
+        x = prepare.to_uint8(load(path))[None].float() / 255
         with torch.inference_mode():
             return model((x - 0.2860) / 0.3530).softmax(1)[0].tolist()
 
@@ -187,7 +189,7 @@ def test_an_upload(tab, net, files, name):
     upload(tab, files[name])
     shows(tab, net(files[name]))
     ratio = tab.get_by_alt_text("As given").evaluate(RATIO)
-    with pictures.load(files[name]) as picture:
+    with load(files[name]) as picture:
         assert ratio == pytest.approx(picture.width / picture.height, rel=0.01)
 
 

@@ -186,12 +186,13 @@ WRONG_USE = [
     ),
     ("fit --trainer.profiler nonsense", "profiler", "'simple'"),
     ("fit --trainer.default_root_dir s3://bucket", "s3://bucket", "a folder"),
-    *((f"fit {CPU} --trainer.devices {n}", f"trainer.devices={n}", "from 1 to") for n in (0, -1, -3, 9999, "x", [0])),
-    pytest.param("fit --trainer.accelerator gpu", "trainer.accelerator=gpu", CPU, marks=needs_no["GPU"]),
-    pytest.param("test --trainer.accelerator cuda", "trainer.accelerator=cuda", CPU, marks=needs_no["CUDA"]),
-    pytest.param("fit --trainer.accelerator mps", "trainer.accelerator=mps", CPU, marks=needs_no["MPS"]),
-    ("fit --trainer.accelerator tpu", "trainer.accelerator=tpu", CPU),
-    ("fit --trainer.accelerator nonsense", "trainer.accelerator=nonsense", CPU),
+    *((f"fit {CPU} --trainer.devices {n}", f"trainer.devices={n}", "from 1 to") for n in (0, 9999)),
+    *((f"fit {CPU} --trainer.devices {n}", "devices", "an int > 0") for n in (-1, -3, "x", [0])),
+    pytest.param("fit --trainer.accelerator gpu", "No supported gpu backend", CPU, marks=needs_no["GPU"]),
+    pytest.param("test --trainer.accelerator cuda", "CUDAAccelerator", CPU, marks=needs_no["CUDA"]),
+    pytest.param("fit --trainer.accelerator mps", "MPSAccelerator", CPU, marks=needs_no["MPS"]),
+    pytest.param("fit --trainer.accelerator tpu", "tpu", CPU, marks=needs_no["GPU"]),
+    ("fit --trainer.accelerator nonsense", "accelerator='nonsense'", "cpu"),
     # The name of the run
     *(
         (f"fit --name {name}", f"name='{name}'", "1 to 100 characters")

@@ -56,7 +56,7 @@ def test_the_wheel_holds_the_package_and_the_recipes(installed):
     assert {path.name for path in installed.iterdir()} == {"lenet_pl", information.name}
     assert (information / "licenses/LICENSE").is_file()
     (script,) = Distribution.at(information).entry_points
-    assert (script.name, script.value) == ("lenet-pl", "lenet_pl.__main__:main")
+    assert (script.name, script.value) == ("lenet-pl", "lenet_pl.__main__:entry")
 
 
 @pytest.mark.long

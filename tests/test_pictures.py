@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 
-from lenet_pl.apps import pictures, plots
-from lenet_pl.apps.pictures import find, load
-from lenet_pl.apps.prepare import background, centre, flatten, negate, resize, sharpen, to_uint8, trim
+from lenet_pl.apps import plots
 from lenet_pl.lenet import LeNet5
+from lenet_pl.pictures import files
+from lenet_pl.pictures.files import SUFFIXES, find, load
+from lenet_pl.pictures.prepare import background, centre, flatten, negate, resize, sharpen, to_uint8, trim
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -328,7 +329,7 @@ def test_load_refuses_what_is_no_picture(tmp_path):
 @pytest.mark.parametrize("edge", [110, 150], ids=["where Pillow warns", "where Pillow raises"])
 def test_load_refuses_a_decompression_bomb(edge, tmp_path, monkeypatch):
     Image.new("1", (edge, edge)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(files, "MAX_PIXELS", 10_000)
     with pytest.raises(ValueError, match="picture too large: over 10,000 pixels"):
         load(tmp_path / "bomb.png")
 
@@ -364,7 +365,7 @@ def test_load_reads_a_png_with_much_text(tmp_path, compressed):
 def test_load_refuses_a_png_whose_text_is_a_bomb(tmp_path, monkeypatch):
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 10_001, zip=True)
-    monkeypatch.setattr(pictures, "MAX_TEXT", 10_000)
+    monkeypatch.setattr(files, "MAX_TEXT", 10_000)
     with pytest.raises(ValueError, match=r"damaged picture: .*too large"):
         stored(Image.new("L", (9, 9)), tmp_path, "a.png", pnginfo=text)
 
@@ -390,8 +391,8 @@ def test_find_takes_every_suffix_of_a_format_that_is_read(tmp_path):
     names = ["a.apng", "a.bmp", "a.jfif", "a.jpe", "a.jpeg", "a.jpg", "a.tif"]
     put(tmp_path, *names)
     assert found(tmp_path, tmp_path) == names
-    assert {".gif", ".png", ".tiff", ".webp"} < pictures.SUFFIXES
-    assert not {".eps", ".heic", ".avif", ".mpg"} & pictures.SUFFIXES
+    assert {".gif", ".png", ".tiff", ".webp"} < SUFFIXES
+    assert not {".eps", ".heic", ".avif", ".mpg"} & SUFFIXES
 
 
 def test_find_counts_what_it_does_not_read_in_one_line(tmp_path, capsys):
@@ -446,7 +447,7 @@ def test_find_names_a_folder_without_pictures(tmp_path):
     put(tmp_path, "notes.txt")
     with pytest.raises(ValueError, match=r"no pictures there; expected files named \.apng \.bmp \.gif.*\(.txt 1\)"):
         find(tmp_path)
-    assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in pictures.SUFFIXES)
+    assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in SUFFIXES)
 
 
 # --- the round trip, on the real data ---
@@ -504,8 +505,8 @@ def test_a_pattern_where_nothing_has_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png", "c.txt", "[a].png"):
         Path(name).write_bytes(b"")
-    assert pictures.find("*.png") == [Path("[a].png"), Path("a.png"), Path("b.png")]
-    assert pictures.find("[a].png") == [Path("[a].png")]  # a name that exists is no pattern
-    assert pictures.find(["b.png", "*.png"]) == [Path("b.png"), Path("[a].png"), Path("a.png")]
+    assert find("*.png") == [Path("[a].png"), Path("a.png"), Path("b.png")]
+    assert find("[a].png") == [Path("[a].png")]  # a name that exists is no pattern
+    assert find(["b.png", "*.png"]) == [Path("b.png"), Path("[a].png"), Path("a.png")]
     with pytest.raises(ValueError, match=r"\*\.jpg: no such file"):
-        pictures.find("*.jpg")
+        find("*.jpg")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from lenet_pl.apps import pictures, prepare
 from lenet_pl.apps.classifier import Classifier
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
 from lenet_pl.download import DataError
 from lenet_pl.errors import UsageError
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
+from lenet_pl.pictures import files, prepare
 
 SIDE = 560  # pixels to which a picture is enlarged for show
 # Hands a pasted picture, or one that is dropped beside the box, to the box.
@@ -137,7 +137,7 @@ def _examples(data: FashionMNISTDataModule, folder: Path) -> dict[str, str]:
 
 def _examine(path: Path, classifier: Classifier) -> tuple[Image.Image, Image.Image, dict[str, float]]:
     """Returns a picture, what the net sees of it, and the probability of each class; raises what ``load`` raises."""
-    picture = pictures.load(path)
+    picture = files.load(path)
     seen = prepare.to_uint8(picture)  # [1, 28, 28]
     with torch.inference_mode():
         probabilities = classifier(seen[None]).softmax(1)[0].tolist()  # [10]

@@ -14,7 +14,7 @@ from lenet_pl import __version__, runs
 from lenet_pl.apps.classifier import Classifier, classify_test_images
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
-from lenet_pl.errors import UsageError
+from lenet_pl.errors import Failure, UsageError
 from lenet_pl.lenet import LeNet5
 from lenet_pl.loader import EVAL_BATCH_SIZE
 from lenet_pl.module import LitLeNet
@@ -34,7 +34,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule, output
     Raises:
         UsageError: If an optional package is missing, or ``output`` is a file of another kind.
         DataError: If the test images are missing and cannot be fetched.
-        RuntimeError: If the file does not classify the test images like the checkpoint. Nothing is written then.
+        Failure: If the file does not classify the test images like the checkpoint. Nothing is written then.
     """
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(package) is None:
@@ -95,13 +95,13 @@ def _prove(content: bytes, images: Tensor, expected: Tensor) -> float:
     """Returns the largest difference between the file's logits and those ``expected``, ``[N, 10]``.
 
     Raises:
-        RuntimeError: If an image gets another class, or if the difference is above ``TOLERANCE`` or no number.
+        Failure: If an image gets another class, or if the difference is above ``TOLERANCE`` or no number.
     """
     logits = _run(content, images)
     same = int((logits.argmax(1) == expected.argmax(1)).sum())
     difference = (logits - expected).abs().max().item()
     if same < len(images) or not difference <= TOLERANCE:  # NaN is not
-        raise RuntimeError(
+        raise Failure(
             f"the ONNX file classifies {same:,} of {len(images):,} images like the checkpoint and differs by up to "
             f"{difference:.1e}; expected all of them and at most {TOLERANCE:.0e}. Nothing was written"
         )

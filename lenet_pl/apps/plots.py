@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lenet_pl.apps.pictures import MARK
+from lenet_pl.pictures.files import MARK
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # from Okabe and Ito's palette for colour-blind readers
 STYLE: Any = {
@@ -31,7 +31,7 @@ _styled = matplotlib.rc_context(STYLE)
 
 
 def png(figure: Figure) -> bytes:
-    """Returns a figure as a PNG with this program's mark, by which ``pictures.find`` passes it over."""
+    """Returns a figure as a PNG with this program's mark, by which ``files.find`` passes it over."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a file name may use any script

@@ -8,18 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lenet_pl.apps import pictures, plots, prepare
+from lenet_pl.apps import plots
 from lenet_pl.atomic import write_atomic
 from lenet_pl.datamodule import FashionMNIST, FashionMNISTDataModule
-from lenet_pl.errors import UsageError
+from lenet_pl.errors import Failure, UsageError
 from lenet_pl.names import decoded, one_line
+from lenet_pl.pictures import files, prepare
 
 SHOWN = 24  # rows of the table and of the picture; predictions.csv holds all
 COLUMNS = ("file", "label", "probability", "second", "second_probability", "third", "third_probability", "error")
-
-
-class NothingClassified(RuntimeError):  # noqa: N818 (it is the name of an outcome)
-    """No picture could be read."""
 
 
 class Prediction(NamedTuple):
@@ -36,7 +33,7 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     ``data`` has handed out the pictures or the test images, and ``probabilities``, ``[N, 10]``, are in its order.
 
     Raises:
-        NothingClassified: If no picture could be read; predictions.csv then holds the reasons.
+        Failure: If no picture could be read; predictions.csv then holds the reasons.
         UsageError: If ``folder`` is a file.
     """
     if folder.exists() and not folder.is_dir():
@@ -52,7 +49,7 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
     print(f"all: {one_line(folder / 'predictions.csv')}")
     if not classified:
-        raise NothingClassified(f"none of the {len(predictions)} files is a readable picture; see the reasons above")
+        raise Failure(f"none of the {len(predictions)} files is a readable picture; see the reasons above")
 
 
 def _predictions(data: FashionMNISTDataModule, probabilities: Tensor) -> list[Prediction]:
@@ -99,7 +96,7 @@ def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.
         assert data.test_set is not None
         return plots.Row(title, None, data.test_set[0][i, 0].numpy(), prediction.top)
     try:
-        picture = pictures.load(data.files[i])
+        picture = files.load(data.files[i])
     except (OSError, ValueError):  # it was readable a moment ago and has changed since
         return plots.Row(title, None, None, prediction.top)
     seen = prepare.to_uint8(picture)[0].numpy()

@@ -39,14 +39,13 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         CheckpointError: If the checkpoint cannot be read.
         DataError: If the images are missing and cannot be fetched.
     """
-    state = checkpoint.load(ckpt_path)
+    state = checkpoint.load_ours(ckpt_path, resume=False)
     epoch, seed = state["epoch"] + 1, state["seed"]
     run_folder = runs.folder_of(ckpt_path)
     folder = run_folder or runs.beside(ckpt_path)
     results = runs.read_results(run_folder) if run_folder else []
     _, labels, logits = classify_test_images(model, data)
     data.setup("validate")  # reads the training images
-    data.seed = seed  # of the order of the first epoch
     scores = score(logits, labels)
     figures = draw(data, logits)
     if results:
@@ -97,14 +96,15 @@ def draw(data: FashionMNISTDataModule, logits: Tensor) -> dict[str, Figure]:
     Returns:
         The figures by the name of their PNG file; without ``mistakes`` where the net makes none.
     """
+    assert data.train_set is not None
     assert data.test_set is not None
+    train_images, train_labels = data.train_set  # in random order
     images, labels = data.test_set
     confidence, predicted = logits.softmax(1).max(1)
-    first_images, first_labels = data.first_images(25)
     figures = {
         "confusion_matrix": plots.confusion_matrix(metrics.multiclass_confusion_matrix(logits, labels, 10), NAMES),
         "reliability": plots.reliability(confidence, predicted == labels, BINS),
-        "samples": plots.samples(first_images, [NAMES[label] for label in first_labels]),
+        "samples": plots.samples(train_images[:25], [NAMES[label] for label in train_labels[:25]]),
     }
     wrong = (predicted != labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:25]

@@ -38,7 +38,7 @@ def flatten(picture: Image.Image) -> Image.Image:
     the data set, but black behind very light garments (a mean grey from 225), which are then recognised more often.
     """
     if picture.mode[0] in "IF":  # the modes I, I;16, I;16B and F, whose largest value tells their scale
-        values = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
+        values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0).clip(0)
         highest = float(values.max())
         white = next((scale for scale in (1, 255, 65535) if highest <= scale), highest)
         return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
