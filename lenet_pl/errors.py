@@ -9,9 +9,9 @@ import traceback
 from collections.abc import Iterable
 
 # What jsonargparse expected, in its own words, and plain words for it.
-_EXPECTED = re.compile(
-    r"Expected an? (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]|(dot import path))|(a subclass of \w+)"
-)
+_EXPECTED = re.compile(r"Expected an? (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]|(dot import path))")
+# How the reasons begin that say only which types an option has.
+_GENERAL = ("Expected a", "Not a valid subclass", "a class path", "a dict ")
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 _TYPES |= {"list": "a list", "Iterable": "a list", "dot import path": "a class such as package.module.Class"}
 
@@ -57,11 +57,18 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     """
     flat = " ".join(message.split())
     remedy = f"\nAll options: python -m lenet_pl {command} --help"
+    inside = re.match(r"Problem with given class_path '(\S+)': (.+)", flat)
+    if inside:  # such as a callback with a wrong argument
+        return f"{inside[1]}: {explain(inside[2], command, ())}"
     key = re.search(r'Parser key "([\w.]+)"', flat)
-    inside = re.search(r"Problem with given class_path '(\S+)': (.+?)(?: - .*|$)", flat)
-    if inside:  # such as a callback with a wrong argument, or that cannot be imported
-        option = f"{key[1]}=" if key else ""
-        return f"{option}{inside[1]}: {explain(inside[2], command, ())}"
+    values = re.findall(r"(?:Given value:|Got value:|Unable to load config) ?(.*?)(?= Given value|\.? - |$)", flat)
+    given = f"={shorten(values[-1], 80)}" if values else ""
+    option = f"{key[1]}{given}: " if key else ""
+    # An option may have several types, and each of them says why the value does not fit.
+    reasons = re.search(r" Errors: - (.+?)(?= Given value type:|$)", flat)
+    for reason in reasons[1].split(" - ") if reasons else ():
+        if not reason.startswith(_GENERAL):
+            return option + explain(reason, command, ())
     unknown = re.search(r"(?:unrecognized arguments: |does not accept option '|Option ')([^\s=']+)", flat)
     if unknown:
         name = unknown[1]
@@ -71,11 +78,9 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
         return f"unknown option {name}{hint}{remedy}"
     if not key:
         return shorten(flat) + remedy
-    values = re.findall(r"(?:Given value:|Got value:|Unable to load config) ?(.*?)(?= Given value|\.? - |$)", flat)
-    given = f"={shorten(values[-1], 80)}" if values else ""
     kinds = [_TYPES.get(kind, kind) for kind in map("".join, _EXPECTED.findall(flat))]
     expected = " or ".join(dict.fromkeys(kinds)) or "settings, such as --model.lr 0.001"
-    return f"{key[1]}{given}: expected {expected}{remedy}"
+    return f"{option}expected {expected}{remedy}"
 
 
 def tell(error: BaseException, code: int) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import yaml
 from conftest import ROOT, same, weights
 
+from lenet_pl import commands, process
 from lenet_pl.callbacks import RunFolder
 from lenet_pl.names import quoted
 from lenet_pl.trainer import set_threads
@@ -243,3 +245,42 @@ def test_a_recipe_named_on_resume_means_its_own_newest_run(cli):
     assert [len(rows(Path(f"runs/{name}/version_0"))) for name in ("a", "b")] == [2, 1]
     code, out, _ = cli("test", "--name", "b")
     assert "checkpoint: runs/b/version_0/checkpoints/best.ckpt" in out
+
+
+# Signals and names
+
+
+def test_ctrl_c_while_the_libraries_are_imported(workdir):
+    Path("torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)")
+    command = [sys.executable, "-m", "lenet_pl", "test"]
+    env = os.environ | {"PYTHONPATH": f"{workdir}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
+
+
+def test_a_name_may_begin_like_a_comment_of_yaml(cli):
+    assert cli("fit", *TINY, "--name", "#3")[0] == 0
+    assert Path("runs/#3/version_0/results.csv").is_file()
+    Path("#c.ckpt").write_bytes(Path("runs/#3/version_0/checkpoints/last.ckpt").read_bytes())
+    code, out, err = cli("predict", "--ckpt_path", "#c.ckpt", "--output", "#o")
+    assert (code, err) == (0, "")
+    assert out.startswith("checkpoint: #c.ckpt")
+    assert Path("#o/predictions.csv").is_file()
+
+
+def test_the_seed_is_not_announced_under_slurm():
+    record = logging.LogRecord("lightning", logging.INFO, "", 0, "[rank: 0] Seed set to 0", None, None)
+    assert not process._is_asked_for(record)
+
+
+def test_a_score_is_shown_where_nothing_can_be_written(cli, monkeypatch):
+    assert cli("fit", *TINY)[0] == 0
+
+    def refuse(path, data):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(commands, "write_atomic", refuse)
+    code, out, err = cli("test")
+    assert code == 1
+    assert "Test accuracy: " in out
+    assert "test.json: Read-only file system" in err

@@ -17,6 +17,7 @@ from lenet_pl import FashionMNISTDataModule, LitLeNet
 from lenet_pl.blocks import Block
 
 TINY = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 2)
+PLAIN = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 RUN = Path("runs/lenet/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
 
@@ -443,3 +444,113 @@ def test_a_derived_optimizer_takes_its_own_steps(workdir, capsys):
     _, out = fit([], capsys, module)
     assert "steps_per_execution" not in out
     assert module.optimizer.steps == 34
+
+
+class Cut(Callback):
+    """Clamps all weights after each step of the optimizer, as a user's constraint may."""
+
+    def on_train_start(self, trainer, pl_module):
+        def clamp(*args):
+            with torch.no_grad():
+                for weight in pl_module.parameters():
+                    weight.clamp_(-0.05, 0.05)
+
+        trainer.optimizers[0].register_step_post_hook(clamp)
+
+
+def test_hooks_of_the_optimizer_are_called_in_every_block(workdir):
+    model, data = LitLeNet(), FashionMNISTDataModule(batch_size=8, val_size=60, steps_per_execution=4)
+    Trainer(max_epochs=2, callbacks=[Cut()], **PLAIN).fit(model, data)
+    assert max(weight.abs().max() for weight in model.parameters()) <= 0.05
+
+
+class Manual(LitLeNet):
+    """Optimizes by hand, as Lightning allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self._logits_and_loss(batch)[1])
+        optimizer.step()
+
+
+def test_a_derived_module_may_optimize_by_hand(workdir):
+    model, data = Manual(), FashionMNISTDataModule(batch_size=8, val_size=60)
+    trainer = Trainer(max_epochs=1, **PLAIN)
+    trainer.fit(model, data)
+    assert trainer.global_step == 34
+    assert not model.automatic_optimization
+
+
+class OwnOptimizer(LitLeNet):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def test_a_resumed_optimizer_keeps_its_own_settings(workdir):
+    data = FashionMNISTDataModule(batch_size=8, val_size=60)
+    first = Trainer(max_epochs=1, **PLAIN)
+    first.fit(OwnOptimizer(), data)
+    first.save_checkpoint("own.ckpt")
+    again = Trainer(max_epochs=2, **PLAIN)
+    again.fit(OwnOptimizer(), data, ckpt_path="own.ckpt")
+    (group,) = again.optimizers[0].param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.1, 5e-4)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_the_loader_of_a_finished_training_gives_plain_batches(workdir):
+    model, data = LitLeNet(), FashionMNISTDataModule(batch_size=8, val_size=60)
+    trainer = Trainer(max_epochs=1, **PLAIN)
+    trainer.fit(model, data)
+    images, labels = next(iter(data.train_dataloader()))
+    assert (len(images), len(labels)) == (8, 8)
+    assert "val_acc" in trainer.validate(model, dataloaders=data.train_dataloader(), verbose=False)[0]
+    Trainer(max_epochs=1, **PLAIN).fit(LitLeNet(), data.train_dataloader())
+
+
+class Noisy(FashionMNISTDataModule):
+    def train_dataloader(self):
+        images, labels = zip(*super().train_dataloader(), strict=True)
+        return DataLoader(TensorDataset(torch.cat(images), torch.cat(labels)), batch_size=8)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*is a `RandomSampler`")
+def test_a_derived_datamodule_may_wrap_the_loader(workdir):
+    trainer = Trainer(max_epochs=1, **PLAIN)
+    trainer.fit(LitLeNet(schedule="one_cycle"), Noisy(batch_size=8, val_size=60))
+    assert trainer.global_step == 34
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_no_validation_images_leave_the_trainer_as_it_is(workdir):
+    trainer, model = Trainer(max_epochs=1, **PLAIN), LitLeNet()
+    trainer.fit(model, FashionMNISTDataModule(batch_size=8, val_size=0))
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, FashionMNISTDataModule(batch_size=8, val_size=60))
+    assert "val_acc" in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_predict_takes_images_without_labels(workdir):
+    images = torch.rand(5, 1, 28, 28)
+    model = LitLeNet().eval()
+    (probabilities,) = Trainer(**PLAIN).predict(model, DataLoader(images, batch_size=5))
+    torch.testing.assert_close(probabilities, model(images).softmax(-1))
+
+
+def test_a_checkpoint_named_best_does_not_take_the_place_of_ours(cli):
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=best")
+    code, _, err = cli("fit", *TINY, *own, "--trainer.callbacks.monitor=val_loss")
+    assert (code, err) == (0, "")
+    assert {p.name for p in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "ModelCheckpoint-best.ckpt"}
+
+
+def test_a_timer_of_the_user_replaces_max_time(cli):
+    timer = ("--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00")
+    code, _, err = cli("fit", *TINY, "--trainer.max_time", "00:01:00:00", *timer)
+    assert (code, err) == (0, "")

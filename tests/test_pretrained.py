@@ -32,6 +32,7 @@ def test_from_python(packaged):
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
+@pytest.mark.long
 def test_every_command_works_before_any_training(cli, packaged):
     for command in ("test", "predict", "report", "export"):
         code, out, err = cli(command)

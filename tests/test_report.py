@@ -196,6 +196,7 @@ def test_a_checkpoint_alone_is_enough(ckpt, place):
     assert "<b>" not in text
 
 
+@pytest.mark.long
 def test_the_weights_of_the_package_are_reported_in_the_current_folder(ckpt, tmp_path, monkeypatch, tiny, capsys):
     (tmp_path / "package").mkdir()
     (tmp_path / "results.csv").write_text("epoch,step\n1,1\n")  # of something else

@@ -135,6 +135,7 @@ def test_kill_minus_nine_at_twenty_moments(cli, undisturbed, name, nth, k):
     check(cli, undisturbed, name, nth, k)
 
 
+@pytest.mark.long
 def test_one_run_interrupted_again_and_again(cli, undisturbed):
     args = ["fit", *RICH, "--data.steps_per_execution", "4", "--ckpt_path", "auto"]
     for name, nth, signum in (
@@ -448,3 +449,61 @@ def test_a_schedule_ends_with_the_run_whatever_the_size_of_a_batch_was_before(cl
         assert rates[3] < rates[2]
         assert rates[3] == min(rates[2:])
         assert rates[3] < 0.001 / 10
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data.batch_size", 269),  # the last mini-batch would be a single image
+        ("--model.schedule", "one_cycle", "--trainer.max_epochs", "null", "--trainer.max_time", "00:00:01:00"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(cli, flags):
+    assert cli("fit", *SMALL, "--model.batch_norm", "true")[0] == 0
+    before = {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file() and "events" not in p.name}
+    code, _, err = cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 4, *flags)
+    assert code == 2, err
+    assert {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file() and "events" not in p.name} == before
+    Path("moved.ckpt").write_bytes(LAST.read_bytes())
+    assert cli("fit", "--ckpt_path", "moved.ckpt", "--trainer.max_epochs", 4, *flags)[0] == 2
+    assert [p.name for p in RUN.parent.iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--trainer.max_steps", 5),
+        ("--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=5"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_auto_knows_a_finished_run_from_which_nothing_can_be_resumed(cli, flags):
+    command = ("fit", *SMALL, *flags, "--ckpt_path", "auto")
+    assert cli(*command)[0] == 0
+    code, out, err = cli(*command)
+    assert (code, err) == (0, "")
+    assert "is finished" in out
+
+
+def test_auto_refuses_a_finished_run_with_other_options_of_the_trainer(cli):
+    assert cli("fit", *SMALL, "--ckpt_path", "auto")[0] == 0
+    code, _, err = cli("fit", *SMALL, "--trainer.gradient_clip_val", 0.1, "--ckpt_path", "auto")
+    assert code == 2
+    assert "trainer.gradient_clip_val: None before, 0.1 now" in err
+
+
+def test_a_run_that_early_stopping_ended_stays_ended(cli):
+    stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc")
+    stop += ("--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=1")
+    args = ["fit", *SMALL, "--trainer.max_epochs", "30", *stop, "--test", "false"]
+    interrupted([*map(str, args)], RunFolder, "finish", 1, signal.SIGKILL)
+    before = LAST.read_bytes()
+    for _ in range(2):
+        code, out, err = cli("fit", "--ckpt_path", "last", "--test", "false")
+        assert (code, err) == (0, "")
+        assert "The training ended after epoch 2: EarlyStopping" in out
+        assert same(torch.load(LAST, weights_only=True)["global_step"], 68)
+    assert LAST.read_bytes() == before
+    more = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc")
+    more += ("--trainer.callbacks.patience=2", "--trainer.callbacks.min_delta=1")
+    assert "epoch 3/30" in cli("fit", "--ckpt_path", "last", "--test", "false", *more)[1]

@@ -129,6 +129,7 @@ def test_quantiles():
         assert area == pytest.approx(0.475, abs=1e-4)
 
 
+@pytest.mark.long
 def test_seeds(finish, tmp_path):
     found = finish("--seeds", 3)
     (row,) = found["table"]
@@ -296,6 +297,7 @@ def test_a_failed_trial(start, finish, tmp_path):
         (["--search", "model.lr=3..a"], "model.lr=3..a: could not convert string to float: 'a'"),
         (["--search", "model.lr=0.0..1:log"], "model.lr=0.0..1:log: "),
         (["--search", "model.lr=0.1..1", "--final"], "exclude each other"),
+        (["--grid", "model.lr=0.1", "model.lr=0.2"], "appears twice"),
         (["--data.val_size", "0"], "no validation images to compare trials by: add --data.val_size 10000"),
         (["--storage", "nonsense"], "Could not parse"),
         (["--storage", "postgresql://someone:secret@127.0.0.1:1/x"], "postgresql"),
