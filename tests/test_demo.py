@@ -33,6 +33,9 @@ sys.addaudithook(watch)
 """
 
 
+browser_test = pytest.mark.long  # it takes many seconds until a browser shows the page
+
+
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory):
     """A current folder with the tiny data, for all tests of this file."""
@@ -170,6 +173,7 @@ def files(place):
     return {name: place / name for name in ("set.png", "photo.jpg", "deep.tiff", "drawing.webp")}
 
 
+@browser_test
 def test_an_example(tab, net, place):
     images, labels = FashionMNISTDataModule("data")._read(train=False)
     for label, name in ((7, "Sneaker"), (0, "T-shirt/top")):
@@ -184,6 +188,7 @@ def test_an_example(tab, net, place):
                 assert np.array_equal(np.asarray(picture.convert("L"))[10::20, 10::20], first)
 
 
+@browser_test
 @pytest.mark.parametrize("name", ["set.png", "photo.jpg", "deep.tiff", "drawing.webp"])
 def test_an_upload(tab, net, files, name):
     upload(tab, files[name])
@@ -193,6 +198,7 @@ def test_an_upload(tab, net, files, name):
         assert ratio == pytest.approx(picture.width / picture.height, rel=0.01)
 
 
+@browser_test
 @pytest.mark.parametrize(
     ("event", "name"),
     [("ClipboardEvent('paste', {clipboardData:", "photo.jpg"), ("DragEvent('drop', {dataTransfer:", "set.png")],
@@ -209,6 +215,7 @@ def test_paste_and_a_drop_beside_the_box(tab, net, files, event, name):
     shows(tab, net(files[name]))
 
 
+@browser_test
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -230,6 +237,7 @@ def test_a_wrong_file_gets_a_message_and_the_next_one_works(tab, net, files, pla
     shows(tab, net(files["photo.jpg"]))
 
 
+@browser_test
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("light", 900), ("dark", 390)])
 def test_the_look(tab, scheme, width):
     tab.emulate_media(color_scheme=scheme)
@@ -250,6 +258,7 @@ def test_the_look(tab, scheme, width):
         assert image.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
 
 
+@browser_test
 def test_the_browser_asks_nobody_else(tab, server):
     assert len(tab.log) > 20
     assert [
@@ -257,6 +266,7 @@ def test_the_browser_asks_nobody_else(tab, server):
     ] == []
 
 
+@browser_test
 def test_sigterm_ends_it_with_the_page_open(tab, server, place):  # the last test with these two
     assert any((place / "tmp").iterdir())
     code, out, err = end(server, signal.SIGTERM)

@@ -122,6 +122,7 @@ def test_it_is_one_sound_file_that_computes_what_the_module_computes(run, traine
         close(onnx_outputs(pixels(n)), expected(trained, pixels(n)))
 
 
+@pytest.mark.long
 def test_the_classic_net_trained_in_bfloat16(cli, workdir, packages):
     options = ("--model.variant", "classic", "--trainer.precision", "bf16-true")
     code, _, err = cli("fit", *TINY, *options, "--trainer.max_epochs", 2)
@@ -136,7 +137,11 @@ def test_the_classic_net_trained_in_bfloat16(cli, workdir, packages):
 
 @pytest.mark.parametrize(
     ("output", "file"),
-    [("new/folder.1", "new/folder.1/lenet.onnx"), ("new/my.ONNX", "new/my.ONNX"), ("new/[/b]", "new/[/b]/lenet.onnx")],
+    [
+        ("new/my.ONNX", "new/my.ONNX"),
+        pytest.param("new/folder.1", "new/folder.1/lenet.onnx", marks=pytest.mark.long),
+        pytest.param("new/[/b]", "new/[/b]/lenet.onnx", marks=pytest.mark.long),
+    ],
 )
 def test_output_is_a_folder_or_a_file(cli, trained, packages, output, file):
     code, out, err = cli("export", "--ckpt_path", trained, "--output", output)

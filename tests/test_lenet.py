@@ -77,7 +77,9 @@ def trained(images: torch.Tensor, **arguments: object) -> LeNet5:
     return net.eval()
 
 
-@pytest.mark.parametrize(("variant", "parameters"), [("article", 107_786), ("classic", 61_706)])
+@pytest.mark.parametrize(
+    ("variant", "parameters"), [("article", 107_786), pytest.param("classic", 61_706, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize(("batch_norm", "composed"), [(True, False), (False, True), (True, True)])
 def test_a_richer_net_folds_into_the_plain_one(variant, parameters, batch_norm, composed):
     images = torch.randn(1000, 1, 28, 28)

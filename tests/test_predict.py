@@ -94,6 +94,7 @@ def test_a_missing_folder_is_wrong_use(trained):
     assert "nowhere" in err
 
 
+@pytest.mark.long
 def test_one_process_writes_all_rows(trained):
     trained("predict", "--output", "one")
     code, _, err = trained("predict", "--output", "asked-for-two", "--trainer.devices", 2)

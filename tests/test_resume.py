@@ -124,7 +124,7 @@ def check(cli, undisturbed, name, nth, k, signum=signal.SIGKILL, code=-signal.SI
     return err
 
 
-@pytest.mark.parametrize(("name", "nth", "k"), kills(3, seed=3))
+@pytest.mark.parametrize(("name", "nth", "k"), kills(2, seed=3))
 def test_kill_minus_nine(cli, undisturbed, name, nth, k):
     check(cli, undisturbed, name, nth, k)
 
@@ -159,7 +159,7 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]
     ("name", "nth", "k", "epochs"),
     [
         ("in a block", 40, 4, 1),
-        ("in validation", 1, 4, 0),
+        pytest.param("in validation", 1, 4, 0, marks=long),
         *(pytest.param(*kill, None, marks=long) for kill in kills(20, seed=4)),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(workdir):
     ("flags", "name", "nth", "signum"),
     [
         (("--trainer.accumulate_grad_batches", "3"), "in a block", 35, signal.SIGTERM),  # amid an accumulation
-        (("--trainer.max_steps", "80"), "between epochs", 2, signal.SIGKILL),
+        pytest.param(("--trainer.max_steps", "80"), "between epochs", 2, signal.SIGKILL, marks=long),
         pytest.param(("--trainer.max_steps", "80"), "in a block", 80, signal.SIGTERM, marks=long),
         pytest.param(("--trainer.max_steps", "80"), "in a block", 50, signal.SIGTERM, marks=long),
         pytest.param(("--trainer.val_check_interval", "0.5"), "in validation", 1, signal.SIGTERM, marks=long),
@@ -269,7 +269,7 @@ def test_a_training_of_fewer_steps_than_the_checkpoint_is_refused(cli):
     assert f"trainer.max_steps={STEPS}: {LAST} has finished step {EPOCHS * STEPS}; expected at least that" in err
 
 
-@pytest.mark.parametrize(("k", "size"), [(1, 8), (50, 8), (7, 16)])
+@pytest.mark.parametrize(("k", "size"), [(1, 8), *(pytest.param(*case, marks=long) for case in ((50, 8), (7, 16)))])
 def test_blocks_and_batch_size_may_change_between_a_stop_and_a_resume(cli, k, size):
     """The stop itself has no influence: an undisturbed run with the same change gives the same result."""
     first = ["fit", *SMALL, "--data.steps_per_execution", "50" if k == 1 else "1"]
