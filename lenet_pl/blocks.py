@@ -12,10 +12,12 @@ To use it in another project:
 2. The LightningModule has ``takes_blocks = True`` in its class, and its ``training_step`` hands a ``Block`` to
    :func:`run` and returns None. It sets its learning rate in ``on_before_optimizer_step``.
 
-Private names of Lightning stand in this file; two others are in cli.py (signals) and console.py (progress bar).
-Lightning does not count the steps of a bare optimizer (its issue 17281), and keeps one count for automatic and one for
-manual optimization (pull request 11848): here they are one. ``_batches_that_stepped`` is the step that loggers show
-(issue 11805).
+Private names of Lightning stand in this file; two others are in cli.py (signals) and console.py (progress bar). Here
+they are needed for three reasons, each with the number of Lightning's issue:
+
+- Lightning does not count the steps of an optimizer that it has not wrapped (17281), so this file counts them.
+- It keeps one count for automatic and one for manual optimization (11848), which are made equal here.
+- ``_batches_that_stepped`` is the step that loggers show (11805). A block adds all its steps to it.
 """
 
 from collections.abc import Callable
@@ -218,11 +220,3 @@ def _run_as_graph(
 
 def _count_step(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.increment_by(1)
-
-
-def within_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Says whether a checkpoint was written before its epoch was finished, such as after every 100 steps."""
-    loop = checkpoint["loops"]["fit_loop"]
-    epoch, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
-    was_cut_short = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # by max_steps
-    return was_cut_short or epoch["processed"] < epoch["started"]

@@ -1,4 +1,4 @@
-"""What a run writes: its folder with a row for each epoch, TensorBoard events, checkpoints."""
+"""What a run writes: its folder with a row for each epoch, and TensorBoard events."""
 
 import inspect
 import math
@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.checkpoint import load_ours
+from lenet_pl.checkpoint import BestCheckpoint, LastCheckpoint
 from lenet_pl.console import epoch_line
-from lenet_pl.errors import CheckpointError, Failure
+from lenet_pl.errors import Failure
 
 
 class RunFolder(Callback):
@@ -187,51 +187,3 @@ class RunLogger(TensorBoardLogger):
         """The run folder."""
         is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         return str(self.run_writer.create() if is_first else self.run_writer.path)
-
-
-# How our own checkpoints are written: after each epoch, over the previous file.
-EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Writes best.ckpt: the epoch with the highest ``val_acc``, and of equal ones the earliest."""
-
-    def __init__(self) -> None:
-        super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves if that was the best epoch. Before the first validation there is nothing to compare."""
-        if "val_acc" in trainer.callback_metrics:
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Takes over the score of best.ckpt, unless that is missing or of a later epoch than ``checkpoint``.
-
-        Otherwise the best epoch is found anew, because perhaps no later one beats the old score.
-        """
-        states = checkpoint["callbacks"]
-        states.pop(self.state_key, None)
-        try:
-            best = load_ours(self._best, resume=True)
-        except CheckpointError:  # it is missing or damaged
-            return
-        state = best["callbacks"].get(self.state_key)
-        if state and best["epoch"] <= checkpoint["epoch"]:
-            # The folder may have been moved.
-            states[self.state_key] = {**state, "dirpath": self.dirpath, "best_model_path": str(self._best)}
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Deletes a best.ckpt that is of a later epoch than the one from which the run resumes."""
-        if trainer.is_global_zero and not self.best_model_path:
-            self._best.unlink(missing_ok=True)
-
-    @property
-    def _best(self) -> Path:
-        return Path(str(self.dirpath), Path(runs.BEST).name)
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Writes last.ckpt after every epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__(filename=Path(runs.LAST).stem, **EACH_EPOCH)

@@ -1,4 +1,7 @@
-"""Checkpoint files: they are written whole or not at all, verified before use, and cannot run code."""
+"""Checkpoint files: they are written whole or not at all, verified before use, and cannot run code.
+
+The two callbacks at the end say which of them a run writes.
+"""
 
 import io
 import pickle
@@ -9,18 +12,20 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import CheckpointIO
 
+from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.errors import CheckpointError
-from lenet_pl.runs import TRAIN, refuse_url
 
 # What Lightning writes for any module that saves its hyperparameters.
 _KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytorch-lightning_version": str}
 # What this package needs as well: the first to rebuild data and net, the second to resume a training.
 _OURS = {"datamodule_hyper_parameters": dict, "seed": int, "epoch": int}
 _TRAINING = {"loops": dict, "optimizer_states": list}
-_REMEDY = f".\nGive another file with --ckpt_path, or train one: {TRAIN}"
+_REMEDY = f".\nGive another file with --ckpt_path, or train one: {runs.TRAIN}"
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -30,7 +35,7 @@ class AtomicCheckpointIO(CheckpointIO):
         """Writes ``checkpoint`` to ``path``. If that fails, it raises an OSError, and a previous file is intact."""
         if storage_options is not None:
             raise TypeError(f"storage_options={storage_options!r}: expected None for a local file")
-        refuse_url(path)
+        runs.refuse_url(path)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomic(Path(path), buffer.getvalue())
@@ -57,7 +62,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: If ``path`` is a URL, not a file, unreadable, damaged, refused by ``weights_only=True``, or not
             a checkpoint of Lightning.
     """
-    refuse_url(path)
+    runs.refuse_url(path)
     name = f"Checkpoint {str(path)!r}"
     try:
         if not Path(path).is_file():  # reading a pipe or a device might never end
@@ -118,3 +123,51 @@ def _verified(file: IO[bytes]) -> io.BytesIO:
             target.writestr(zipfile.ZipInfo(member.filename), source.read(member))
     copy.seek(0)
     return copy
+
+
+# How our own checkpoints are written: after each epoch, over the previous file.
+EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Writes best.ckpt: the epoch with the highest ``val_acc``, and of equal ones the earliest."""
+
+    def __init__(self) -> None:
+        super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves if that was the best epoch. Before the first validation there is nothing to compare."""
+        if "val_acc" in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes over the score of best.ckpt, unless that is missing or of a later epoch than ``checkpoint``.
+
+        Otherwise the best epoch is found anew, because perhaps no later one beats the old score.
+        """
+        states = checkpoint["callbacks"]
+        states.pop(self.state_key, None)
+        try:
+            best = load_ours(self._best, resume=True)
+        except CheckpointError:  # it is missing or damaged
+            return
+        state = best["callbacks"].get(self.state_key)
+        if state and best["epoch"] <= checkpoint["epoch"]:
+            # The folder may have been moved.
+            states[self.state_key] = {**state, "dirpath": self.dirpath, "best_model_path": str(self._best)}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Deletes a best.ckpt that is of a later epoch than the one from which the run resumes."""
+        if trainer.is_global_zero and not self.best_model_path:
+            self._best.unlink(missing_ok=True)
+
+    @property
+    def _best(self) -> Path:
+        return Path(str(self.dirpath), Path(runs.BEST).name)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes last.ckpt after every epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(filename=Path(runs.LAST).stem, **EACH_EPOCH)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lenet_pl import blocks, runs
+from lenet_pl import runs
 from lenet_pl.errors import UsageError, require
 from lenet_pl.names import decoded, one_line
 
@@ -46,8 +46,8 @@ def check(command: str, config: Namespace) -> None:
     options = (*ABOVE_0, "limit_val_batches") if command == "validate" else ABOVE_0
     for option in options:
         value = trainer[option]
-        is_bad = isinstance(value, int | float) and not value > 0 and (option, value) != ("max_steps", -1)
-        require(not is_bad, f"trainer.{option}={value}", "a number above 0")
+        fits = not isinstance(value, int | float) or value > 0 or (option, value) == ("max_steps", -1)
+        require(fits, f"trainer.{option}={value}", "a number above 0")
     if command == "validate":
         require(config.data.val_size != 0, "data.val_size=0", "more than 0 images to validate on, or use test")
     most = 4 * (os.cpu_count() or 1)  # more would only use memory
@@ -57,8 +57,8 @@ def check(command: str, config: Namespace) -> None:
     fits = "://" not in root and root == decoded(root)
     require(fits, f"trainer.default_root_dir={one_line(root)}", "a folder on this machine, with a name in UTF-8")
     # Processes of these kinds pass the weights on in files that are not checkpoints of ours.
-    is_odd = re.search("spawn|fork|notebook", strategy) is not None
-    require(not is_odd, f"trainer.strategy={strategy}", "auto or ddp")
+    fits = re.search("spawn|fork|notebook", strategy) is None
+    require(fits, f"trainer.strategy={strategy}", "auto or ddp")
     devices = str(trainer.devices)
     fits = not devices.isdecimal() or 1 <= int(devices) <= most  # Lightning would start any number of CPU processes
     require(fits, f"trainer.devices={devices}", f"a number from 1 to {most}")
@@ -99,7 +99,7 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
                 f"{callback.class_path} searches at the beginning of a training, and would begin this one again\n"
                 f"Resume with what it found: --trainer.callbacks null --model.lr {lr} --data.batch_size {size}"
             )
-    if blocks.within_epoch(checkpoint):
+    if _is_within_epoch(checkpoint):
         raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
     done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs
     if most and most < done:
@@ -109,3 +109,11 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
     steps, most = checkpoint["global_step"], config.trainer.max_steps
     if 0 < most < steps:
         raise UsageError(f"trainer.max_steps={most}: {path} has finished step {steps}; expected at least that")
+
+
+def _is_within_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Says whether a checkpoint was written before its epoch was finished, such as after every 100 steps."""
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+    was_cut_short = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # by max_steps
+    return was_cut_short or epoch["processed"] < epoch["started"]

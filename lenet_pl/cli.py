@@ -6,7 +6,6 @@ checkpoint or its run folder, config files, flags.
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lenet_pl import checks, configs, runs
 from lenet_pl.callbacks import RunFolder
 from lenet_pl.checkpoint import load_ours
+from lenet_pl.console import help_text
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import CheckpointError, UsageError, explain
 from lenet_pl.lenet import fold
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
-from lenet_pl.trainer import TRAINER_DEFAULTS, completed, set_threads
+from lenet_pl.trainer import TRAINER_DEFAULTS, set_threads, trainer_options
 
-# The help of every command opens with those of these that it has.
-COMMON = (
-    "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
-    "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift "
-    "data.images output port"
-)
 # Options of the Trainer that take objects with options of their own.
 OBJECTS = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
 
@@ -99,7 +93,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line. Its settings win over those of the checkpoint."""
         if {"-h", "--help"} & set(args):
-            print(_help(parser, self.command))
+            print(help_text(parser, self.command))
             sys.exit(0)
         # jsonargparse would take only one picture, and would read a file name such as [a] as a list.
         pictures = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -196,7 +190,7 @@ class CLI(LightningCLI):
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
             self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed, self.path)
-        kwargs |= completed(options, self.run_writer, self.datamodule, self.checkpoint.get("global_step", 0))
+        kwargs |= trainer_options(options, self.run_writer, self.datamodule, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
@@ -221,14 +215,3 @@ def _name(given: Namespace) -> str | None:
     if name is not None:
         checks.check_name(name)
     return name
-
-
-def _help(parser: LightningArgumentParser, command: str) -> str:
-    """Returns jsonargparse's help, preceded by the options that people change most."""
-    text = parser.format_help()
-    blocks = re.split(r"\n(?=  -)", text)[1:]  # one for each option, without the usage
-    first = []
-    for name in COMMON.split():
-        first += [block.split("\n\n")[0] for block in blocks if f"--{name} " in block[:80]]
-    title = f"lenet-pl {command}: the options that people change most"
-    return "\n".join([title, "", *first, "", "All options", "", text])

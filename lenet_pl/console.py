@@ -1,15 +1,35 @@
-"""What a training shows on the terminal: the layers, a line for each epoch, a progress bar."""
+"""What is shown on the terminal: the help of a command; of a training the layers, a line for each epoch, a bar."""
 
+import re
 from typing import Any
 
 import rich
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.table import Column, Table
 from rich.text import Text
 
 from lenet_pl import runs
 from lenet_pl.lenet import layers
+
+# The help of every command opens with those of these that it has.
+COMMON = (
+    "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
+    "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift "
+    "data.images output port"
+)
+
+
+def help_text(parser: LightningArgumentParser, command: str) -> str:
+    """Returns jsonargparse's help, preceded by the options that people change most."""
+    text = parser.format_help()
+    blocks = re.split(r"\n(?=  -)", text)[1:]  # one for each option, without the usage
+    first = []
+    for name in COMMON.split():
+        first += [block.split("\n\n")[0] for block in blocks if f"--{name} " in block[:80]]
+    title = f"lenet-pl {command}: the options that people change most"
+    return "\n".join([title, "", *first, "", "All options", "", text])
 
 
 def format_metric(name: str, value: float) -> str:

@@ -83,7 +83,8 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Puts the verified files in place, and raises ``download.DataError`` if that fails."""
-        if not (self.files and self.trainer and self.trainer.predicting):
+        only_pictures = self.files and self.trainer and self.trainer.predicting
+        if not only_pictures:
             download.ensure(self.data_dir)
 
     def setup(self, stage: str) -> None:

@@ -29,8 +29,8 @@ class Conv2d(nn.Conv2d):
 class ComposedKernel(nn.Module):
     """Makes a 5×5 kernel by composing two 3×3 kernels, with four times the channels of the wider side between them.
 
-    The net computes with the 5×5 kernel, and Adam trains the two others. They have more weights than it has, which
-    makes the training better (Guo, Alvarez & Salzmann, "ExpandNets", 2020). This is a parametrization of torch.
+    The net computes with the 5×5 kernel, and Adam trains the two others. Together they have more weights, which lets
+    the net reach a higher accuracy (Guo, Alvarez & Salzmann, "ExpandNets", 2020). This is a parametrization of torch.
     """
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
@@ -46,7 +46,11 @@ class ComposedKernel(nn.Module):
 
 
 class AvgPool2d(nn.AvgPool2d):
-    """Averages windows of 2×2. In training on a CPU it resizes instead: the same up to rounding, in half the time."""
+    """Averages windows of 2×2.
+
+    In training on a CPU it shrinks the image instead, which gives the same up to rounding: torch's ``avg_pool2d`` takes
+    twice as long there.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, C, H / 2, W / 2]`` for ``[N, C, H, W]`` with even H and W."""

@@ -87,7 +87,7 @@ class TrainLoader:
 
     def __post_init__(self) -> None:
         if self.shuffle:
-            self.sampler = self  # Lightning calls ``sampler.set_epoch`` before each epoch, which is torch's convention
+            self.sampler = self  # before each epoch Lightning calls ``loader.sampler.set_epoch``, which is ours
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, counted from 0, for the next iteration."""
@@ -102,11 +102,6 @@ class TrainLoader:
     def steps(self) -> int:
         """The number of mini-batches of an epoch in each process. The last may be smaller."""
         return ceil(self.share / self.batch_size)
-
-    @property
-    def smallest(self) -> int:
-        """The number of images in the last mini-batch of an epoch."""
-        return (self.share - 1) % self.batch_size + 1
 
     def __len__(self) -> int:
         """Returns the number of blocks of an epoch in each process."""

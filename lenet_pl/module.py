@@ -22,6 +22,7 @@ class LitLeNet(LightningModule):
 
     It logs ``train_loss train_acc val_loss val_acc test_loss test_acc`` once an epoch: the loss in nats per image, the
     accuracy as a fraction. The training metrics are running ones as in Keras: they are taken while the weights change.
+    A test also logs ``n``, the number of images.
 
     Args:
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
@@ -122,8 +123,9 @@ class LitLeNet(LightningModule):
         """
         loader: Any = self.trainer.train_dataloader
         if self.hparams["batch_norm"] and isinstance(loader, TrainLoader):
+            fits = loader.batch_size > 1 and loader.share % loader.batch_size != 1
             reason = "another size, because batch normalisation cannot take the single image of the last mini-batch"
-            require(loader.smallest > 1, f"data.batch_size={loader.batch_size}", reason)
+            require(fits, f"data.batch_size={loader.batch_size}", reason)
         self.total_steps = blocks.total_steps(self.trainer)
         in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
         if self.hparams["compile"] and not in_graph:  # there graph.py compiles the whole step
@@ -151,7 +153,7 @@ class LitLeNet(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler.
 
-        That rate, and on a GPU any rate, is rounded to float32, in which a CUDA graph reads it.
+        A CUDA graph reads its rates as float32. They are rounded to that here, so that single steps take the same.
         """
         if self.lr_schedulers():
             return

@@ -81,7 +81,8 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 
 def folder_of(ckpt_path: Path) -> Path | None:
     """Returns the run folder in which a checkpoint lies, or None."""
-    is_inside = not ckpt_path.parent.parent.name  # the path begins within the run folder
+    # A relative path stays one, because it is shorter in messages, unless it begins within the run folder.
+    is_inside = not ckpt_path.parent.parent.name
     parent = ckpt_path.absolute().parent if is_inside else ckpt_path.parent
     is_run = parent.name == CHECKPOINTS and (parent.parent / CONFIG).is_file()
     return parent.parent if is_run else None

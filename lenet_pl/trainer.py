@@ -9,8 +9,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
 
-from lenet_pl.callbacks import BestCheckpoint, LastCheckpoint, RunFolder, RunLogger
-from lenet_pl.checkpoint import AtomicCheckpointIO
+from lenet_pl.callbacks import RunFolder, RunLogger
+from lenet_pl.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lenet_pl.console import EpochBar, Summary
 from lenet_pl.datamodule import FashionMNISTDataModule
 
@@ -41,7 +41,7 @@ def set_threads(threads: int | None, devices: str) -> int:
     return threads
 
 
-def completed(
+def trainer_options(
     options: Namespace, run_writer: RunFolder | None, data: FashionMNISTDataModule, step: int
 ) -> dict[str, Any]:
     """Returns the options of a Trainer that differ from the user's.

@@ -71,7 +71,7 @@ class Plan:
 
     Attributes:
         space: The settings that differ, and their values: ``{"model.dropout": "0,0.05"}``.
-        settings: All others.
+        settings: Those that all trials share.
         jobs: What a trial is given, settings and seed, by its name in the queue.
     """
 

@@ -37,6 +37,7 @@ def test_block_size_changes_nothing(cli, workdir, schedule):
             assert {k: float(v) for k, v in one.items()} == pytest.approx({k: float(v) for k, v in other.items()})
 
 
+@pytest.mark.long
 @pytest.mark.report
 def test_a_checkpoint_scores_the_same_everywhere(cli, workdir):
     lr = ("--model.lr", 0.02, "--trainer.max_epochs", 4)  # so large that the last epoch is not the best
