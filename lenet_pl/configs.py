@@ -65,8 +65,9 @@ def _refuse_doubles(name: str, tree: yaml.MappingNode) -> None:
         if key.value in seen:
             raise UsageError(f"{_place(name, key)} appears twice; merge the two")
         seen.add(key.value)
-        if isinstance(value, yaml.MappingNode):
-            _refuse_doubles(name, value)
+        for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(part, yaml.MappingNode):
+                _refuse_doubles(name, part)
 
 
 def _place(name: str, key: yaml.Node) -> str:

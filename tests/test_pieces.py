@@ -554,3 +554,20 @@ def test_a_timer_of_the_user_replaces_max_time(cli):
     timer = ("--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00")
     code, _, err = cli("fit", *TINY, "--trainer.max_time", "00:01:00:00", *timer)
     assert (code, err) == (0, "")
+
+
+class StopWithin(Callback):
+    """Ends the training within its second epoch, as Timer does when the time is over."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.current_epoch == 1 and batch_idx == 3
+
+
+def test_a_run_that_a_callback_ended_within_an_epoch_resumes_from_the_last_finished_one(cli):
+    code, out, err = cli("fit", *TINY, "--trainer.max_epochs", 3, "--trainer.callbacks+=test_pieces.StopWithin")
+    assert (code, err) == (0, "")
+    assert "The training ended" in out
+    assert torch.load(LAST, weights_only=True)["epoch"] == 0
+    assert cli("fit", "--ckpt_path", "last", "--trainer.callbacks", "null")[0] == 0
+    assert cli("fit", *TINY, "--trainer.max_epochs", 3, "--name", "whole")[0] == 0
+    assert same(weights(LAST), weights("runs/whole/version_0/checkpoints/last.ckpt"))
