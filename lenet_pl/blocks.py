@@ -7,13 +7,13 @@ steps ``steps_per_execution``.
 
 To use it in another project:
 
-1. A loader yields ``Block([batch, batch, …])`` where :func:`prepare` allows more than one step, and plain batches
-   otherwise.
+1. A datamodule has ``makes_blocks = True`` in its class. Its loader yields ``Block([batch, batch, …])`` where
+   :func:`prepare` allows more than one step, and plain batches otherwise.
 2. The LightningModule has ``takes_blocks = True`` in its class, and its ``training_step`` hands a ``Block`` to
    :func:`run` and returns None. It sets its learning rate in ``on_before_optimizer_step``.
 
 Private names of Lightning stand in this file; two others are in cli.py (signals) and console.py (progress bar). Here
-they are needed for three reasons, each with the number of Lightning's issue:
+most of them are needed for three reasons, each with the number of Lightning's issue or pull request:
 
 - Lightning does not count the steps of an optimizer that it has not wrapped (17281), so this file counts them.
 - It keeps one count for automatic and one for manual optimization (11848), which are made equal here.
@@ -42,6 +42,7 @@ _STEP_HOOKS = (
     "on_train_batch",
     "on_train_epoch_start",
     "optimizer_",
+    "train_dataloader",
     "training_step",
     "transfer_batch",
 )
@@ -121,7 +122,8 @@ def _objection(trainer: Trainer) -> str | None:
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     # The class that takes blocks knows what it does in its own hooks; a class derived from it need not.
     taker = next((kind for kind in type(module).__mro__ if "takes_blocks" in vars(kind)), LightningModule)
-    for owner, base in ((module, taker), (data, LightningDataModule)):
+    maker = next((kind for kind in type(data).__mro__ if "makes_blocks" in vars(kind)), LightningDataModule)
+    for owner, base in ((module, taker), (data, maker)):
         if owner and (hook := _overridden_hook(owner, base)):
             return f"{type(owner).__name__} overrides {hook}"
     return None

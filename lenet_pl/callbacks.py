@@ -76,11 +76,12 @@ class RunFolder(Callback):
                 state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Ends a training at once that EarlyStopping had ended before, unless its patience is larger now."""
+        """Ends a training at once that resumes where the patience of EarlyStopping was at its end."""
         for callback in trainer.early_stopping_callbacks:
-            has_patience = 0 < callback.wait_count < callback.patience
-            if callback.stopped_epoch and not has_patience:
+            if callback.wait_count >= max(1, callback.patience):
                 trainer.should_stop = True
+            else:
+                callback.stopping_reason_message = None  # perhaps it has one from before the resume
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the epoch's clock."""
@@ -145,6 +146,7 @@ class RunFolder(Callback):
         """Writes why the training ended, and prints it if the training ended early."""
         done, reason = trainer.current_epoch, _reason(trainer)
         if trainer.is_global_zero:
+            write_atomic(self.create() / runs.CONFIG, self.config.encode())  # perhaps there was nothing left to train
             write_atomic(self.create() / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
             if reason:
                 print(f"The training ended after epoch {done}: {reason}")
@@ -157,8 +159,8 @@ def _reason(trainer: Trainer) -> str | None:
     if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            return f"EarlyStopping: {callback.stopping_reason_message or 'it had ended the training before'}"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping: {callback.stopping_reason_message}"
         remaining = callback.time_remaining() if isinstance(callback, Timer) else None
         if remaining is not None and remaining <= 0:
             return "the time limit is reached"

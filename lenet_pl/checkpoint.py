@@ -137,7 +137,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Saves if that was the best epoch. Before the first validation there is nothing to compare."""
-        if "val_acc" in trainer.callback_metrics and not _was_cut_short(trainer):
+        if "val_acc" in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -167,16 +167,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes last.ckpt after every epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
+    """Writes last.ckpt after each epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(filename=Path(runs.LAST).stem, **EACH_EPOCH)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves, unless a callback has ended the training within the epoch: no run could resume from there."""
-        if not _was_cut_short(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
-
-
-def _was_cut_short(trainer: Trainer) -> bool:
-    return trainer.should_stop and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

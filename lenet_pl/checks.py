@@ -24,10 +24,16 @@ ABOVE_0 = (
     "limit_test_batches",
     "limit_predict_batches",
 )
-# Options of the Trainer that decide what a training of some length ends with.
-DECISIVE = tuple(
-    f"trainer.{name}"
-    for name in ("precision", "callbacks", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
+# Options of the Trainer that change the result of a training of the same length.
+DECISIVE = (
+    "trainer.precision",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+    "trainer.accumulate_grad_batches",
+    "trainer.limit_train_batches",
+    "trainer.overfit_batches",
 )
 # Settings that change what the numbers in a checkpoint mean. A resumed run must keep them.
 FIXED = {"model": ("variant", "batch_norm", "composed_kernels"), "data": ("val_size", "split_seed", "mean", "std")}

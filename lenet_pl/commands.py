@@ -42,7 +42,7 @@ def fit(cli: CLI) -> None:
         return
     path = runs.scored_checkpoint(folder)
     if path is None:
-        raise UsageError("no epoch was finished, so there is nothing to score; raise trainer.max_time")
+        raise UsageError("there is no finished epoch to score; raise trainer.max_time or trainer.max_epochs")
     if cli.config.test:
         cli.path, cli.model = path, LitLeNet.of(checkpoint.load_ours(path, resume=False))
         report(cli)

@@ -1,4 +1,4 @@
-"""What is shown on the terminal: the help of a command; of a training the layers, a line for each epoch, a bar."""
+"""What is shown on the terminal: the help of a command; and a training's layers, epoch lines and progress bar."""
 
 import re
 from typing import Any

@@ -1,5 +1,6 @@
 """Fashion-MNIST for Lightning: the files, the split into training and validation images, the loaders."""
 
+import warnings
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class FashionMNISTDataModule(LightningDataModule):
     Raises:
         UsageError: If an argument is out of its range.
     """
+
+    makes_blocks = True  # see blocks.py
 
     def __init__(
         self,
@@ -114,20 +117,20 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks."""
-        is_wrapped = type(self).train_dataloader is not FashionMNISTDataModule.train_dataloader  # by a derived class
         return TrainLoader(
             **self._shared_arguments(self.train_set),
             batch_size=self.batch_size,
             seed=self.seed,
             flip=self.flip,
             max_shift=self.shift,
-            steps_per_block=blocks.prepare(self.trainer, 1 if is_wrapped else self.steps_per_execution),
+            steps_per_block=blocks.prepare(self.trainer, self.steps_per_execution),
             shuffle=not (self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
         )
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         """Returns the validation batches, or nothing where no images are held out for them."""
         if not self.val_size:
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # that is meant
             return []
         return EvalLoader(**self._shared_arguments(self.val_set))
 

@@ -68,7 +68,8 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     reasons = re.search(r" Errors: - (.+?)(?= Given value type:|$)", flat)
     for reason in reasons[1].split(" - ") if reasons else ():
         if not reason.startswith(_GENERAL):
-            return option + explain(reason, command, ())
+            names_class = reason.startswith("Problem with given class_path")
+            return (f"{key[1]}=" if key and names_class else option) + explain(reason, command, ())
     unknown = re.search(r"(?:unrecognized arguments: |does not accept option '|Option ')([^\s=']+)", flat)
     if unknown:
         name = unknown[1]

@@ -153,7 +153,7 @@ class LitLeNet(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler.
 
-        A CUDA graph reads its rates as float32. They are rounded to that here, so that single steps take the same.
+        A CUDA graph reads its rates as float32. They are rounded to that here, so that single steps use the same.
         """
         if self.lr_schedulers():
             return
@@ -220,9 +220,12 @@ class LitLeNet(LightningModule):
         checkpoint["precision"] = self.trainer.precision
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets a learning rate or weight decay that is given now win over that of the optimizer in the checkpoint."""
-        before = checkpoint["hyper_parameters"]
-        changed = [name for name in ("lr", "weight_decay") if self.hparams[name] != before.get(name)]
+        """Lets a new learning rate, schedule or weight decay win over that of the optimizer in the checkpoint."""
+        before = checkpoint.get("hyper_parameters", {})
+        new = {name for name in ("lr", "schedule", "weight_decay") if self.hparams[name] != before.get(name)}
         for optimizer in checkpoint.get("optimizer_states", ()):
             for group in optimizer["param_groups"]:
-                group.update({name: self.hparams[name] for name in changed})
+                if new & {"lr", "schedule"}:
+                    group["lr"] = self.hparams["lr"]
+                if "weight_decay" in new:
+                    group["weight_decay"] = self.hparams["weight_decay"]

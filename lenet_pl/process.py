@@ -85,7 +85,6 @@ def quiet() -> None:
         ".*does not have many workers",  # data in memory needs no workers
         "GPU available but not used",  # the user chose that
         "You are trying to `self.log",  # barebones logs nothing
-        "Total length of `list` across ranks is zero",  # a recipe without validation
         "(?s)Grad strides do not match bucket view strides",  # a matter of speed, for convolutions on several CPUs
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -63,7 +63,8 @@ def trainer_options(
         "enable_model_summary": False,  # Summary is ours
     }
     if run_writer:
-        changed["max_time"] = None  # one of the callbacks looks at the time
+        if not _has(options.callbacks, Timer):  # otherwise Lightning says that it ignores ``max_time``
+            changed["max_time"] = None  # one of our callbacks looks at the time
         # Lightning warns where an epoch has fewer batches, which are blocks here.
         changed["log_every_n_steps"] = 1 if options.log_every_n_steps is None else options.log_every_n_steps
     if options.logger in (None, True):

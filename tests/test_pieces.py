@@ -520,13 +520,13 @@ class Noisy(FashionMNISTDataModule):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*is a `RandomSampler`")
-def test_a_derived_datamodule_may_wrap_the_loader(workdir):
+def test_a_derived_datamodule_may_wrap_the_loader(workdir, capsys):
     trainer = Trainer(max_epochs=1, **PLAIN)
     trainer.fit(LitLeNet(schedule="one_cycle"), Noisy(batch_size=8, val_size=60))
     assert trainer.global_step == 34
+    assert "because Noisy overrides train_dataloader" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:Total length of")
 def test_no_validation_images_leave_the_trainer_as_it_is(workdir):
     trainer, model = Trainer(max_epochs=1, **PLAIN), LitLeNet()
     trainer.fit(model, FashionMNISTDataModule(batch_size=8, val_size=0))
@@ -554,20 +554,3 @@ def test_a_timer_of_the_user_replaces_max_time(cli):
     timer = ("--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00")
     code, _, err = cli("fit", *TINY, "--trainer.max_time", "00:01:00:00", *timer)
     assert (code, err) == (0, "")
-
-
-class StopWithin(Callback):
-    """Ends the training within its second epoch, as Timer does when the time is over."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.should_stop = trainer.current_epoch == 1 and batch_idx == 3
-
-
-def test_a_run_that_a_callback_ended_within_an_epoch_resumes_from_the_last_finished_one(cli):
-    code, out, err = cli("fit", *TINY, "--trainer.max_epochs", 3, "--trainer.callbacks+=test_pieces.StopWithin")
-    assert (code, err) == (0, "")
-    assert "The training ended" in out
-    assert torch.load(LAST, weights_only=True)["epoch"] == 0
-    assert cli("fit", "--ckpt_path", "last", "--trainer.callbacks", "null")[0] == 0
-    assert cli("fit", *TINY, "--trainer.max_epochs", 3, "--name", "whole")[0] == 0
-    assert same(weights(LAST), weights("runs/whole/version_0/checkpoints/last.ckpt"))

@@ -502,7 +502,7 @@ def test_a_run_that_early_stopping_ended_stays_ended(cli):
     for _ in range(2):
         code, out, err = cli("fit", "--ckpt_path", "last", "--test", "false")
         assert (code, err) == (0, "")
-        assert "The training ended after epoch 2: EarlyStopping" in out
+        assert "The training ended after epoch 2: EarlyStopping: Monitored metric val_acc did not improve" in out
         assert same(torch.load(LAST, weights_only=True)["global_step"], 68)
     assert LAST.read_bytes() == before
     more = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc")
