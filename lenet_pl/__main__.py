@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lenet_pl import __version__, process
+from lenet_pl import __version__
 
 COMMANDS = {
     "fit": "train; at the end score the best checkpoint on the test set",
@@ -79,6 +79,8 @@ def _main(args: list[str]) -> int:
         print(f"lenet_pl {__version__}")
         return 0
     if args[0] in COMMANDS:
+        from lenet_pl import process
+
         try:
             with process.stopping():
                 from lenet_pl.commands import run  # takes seconds

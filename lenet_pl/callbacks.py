@@ -146,7 +146,8 @@ class RunFolder(Callback):
         """Writes why the training ended, and prints it if the training ended early."""
         done, reason = trainer.current_epoch, _reason(trainer)
         if trainer.is_global_zero:
-            write_atomic(self.create() / runs.CONFIG, self.config.encode())  # perhaps there was nothing left to train
+            if not self.started:  # nothing was left to train, so no epoch has saved the settings
+                write_atomic(self.create() / runs.CONFIG, self.config.encode())
             write_atomic(self.create() / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
             if reason:
                 print(f"The training ended after epoch {done}: {reason}")

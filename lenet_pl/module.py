@@ -225,7 +225,8 @@ class LitLeNet(LightningModule):
         new = {name for name in ("lr", "schedule", "weight_decay") if self.hparams[name] != before.get(name)}
         for optimizer in checkpoint.get("optimizer_states", ()):
             for group in optimizer["param_groups"]:
-                if new & {"lr", "schedule"}:
+                # A scheduler of the user's goes on from its own rate.
+                if new & {"lr", "schedule"} and not checkpoint.get("lr_schedulers"):
                     group["lr"] = self.hparams["lr"]
                 if "weight_decay" in new:
                     group["weight_decay"] = self.hparams["weight_decay"]

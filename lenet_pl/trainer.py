@@ -63,8 +63,10 @@ def trainer_options(
         "enable_model_summary": False,  # Summary is ours
     }
     if run_writer:
-        if not _has(options.callbacks, Timer):  # otherwise Lightning says that it ignores ``max_time``
-            changed["max_time"] = None  # one of our callbacks looks at the time
+        if options.max_time and not _has(callbacks, Timer):  # beside a user's, Lightning says that it ignores max_time
+            # Ours ends a training only after an epoch, from which the run can be resumed.
+            callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
+            changed["max_time"] = None
         # Lightning warns where an epoch has fewer batches, which are blocks here.
         changed["log_every_n_steps"] = 1 if options.log_every_n_steps is None else options.log_every_n_steps
     if options.logger in (None, True):
@@ -83,9 +85,6 @@ def _of_training(options: Namespace, data: FashionMNISTDataModule) -> list[Callb
         callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
     if options.enable_model_summary is not False and not _has(options.callbacks, ModelSummary):
         callbacks.append(Summary())
-    if options.max_time and not _has(options.callbacks, Timer):
-        # It ends a training only after an epoch, from which the run can be resumed.
-        callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
     return callbacks
 
 

@@ -125,7 +125,7 @@ def check(cli, undisturbed, name, nth, k, signum=signal.SIGKILL, code=-signal.SI
     return err
 
 
-@pytest.mark.parametrize(("name", "nth", "k"), kills(2, seed=3))
+@pytest.mark.parametrize(("name", "nth", "k"), [*kills(3, seed=3)[:2], pytest.param(*kills(3, seed=3)[2], marks=long)])
 def test_kill_minus_nine(cli, undisturbed, name, nth, k):
     check(cli, undisturbed, name, nth, k)
 
