@@ -269,6 +269,7 @@ def test_every_997th_byte_flipped_is_reported_or_harmless(sound: Path, tmp_path:
     assert silently_wrong(load, sound, tmp_path, positions) == []
 
 
+@pytest.mark.long
 def test_every_byte_of_a_small_checkpoint_flipped_is_reported_or_harmless(tmp_path: Path) -> None:
     """No CRC covers most of this file: headers, names, padding, directory. In each byte all bits flip, then one."""
     small = tmp_path / "small.ckpt"

@@ -109,7 +109,7 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
     return bytes(len(content)) if kind == "zeros" else random.Random(draw(st.integers())).randbytes(len(content))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_damaged_raw_files_are_replaced_or_named(data: st.DataObject) -> None:
     broken = {

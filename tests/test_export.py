@@ -75,6 +75,26 @@ def packages():
         pytest.importorskip(package, reason="needs the extra: pip install 'lenet_pl[export]'")
 
 
+@pytest.fixture(scope="module")
+def exported():
+    """The files that were exported before, by their metadata."""
+    return {}
+
+
+@pytest.fixture
+def quick(packages, exported, monkeypatch):
+    """Exports a net only once for the tests of this file that are about something else."""
+    real = export._onnx
+
+    def once(classifier, metadata):
+        key = str(metadata)
+        if key not in exported:
+            exported[key] = real(classifier, metadata)
+        return exported[key]
+
+    monkeypatch.setattr(export, "_onnx", once)
+
+
 def close(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
@@ -143,14 +163,14 @@ def test_the_classic_net_trained_in_bfloat16(cli, workdir, packages):
         pytest.param("new/[/b]", "new/[/b]/lenet.onnx", marks=pytest.mark.long),
     ],
 )
-def test_output_is_a_folder_or_a_file(cli, trained, packages, output, file):
+def test_output_is_a_folder_or_a_file(cli, trained, quick, output, file):
     code, out, err = cli("export", "--ckpt_path", trained, "--output", output)
     assert (code, err) == (0, "")
     assert f"{file}: " in out
     assert [str(p) for p in Path("new").rglob("*") if p.is_file()] == [file]
 
 
-def test_a_name_that_is_no_utf_8_is_shown(cli, trained, packages):
+def test_a_name_that_is_no_utf_8_is_shown(cli, trained, quick):
     folder = Path(os.fsdecode(b"new\xff\n"))
     folder.mkdir()
     code, out, err = cli("export", "--ckpt_path", shutil.copy(trained, folder / "best.ckpt"))
@@ -160,7 +180,7 @@ def test_a_name_that_is_no_utf_8_is_shown(cli, trained, packages):
     assert session((folder / "lenet.onnx").read_bytes())  # onnxruntime itself opens no such path
 
 
-def test_it_goes_to_the_file_named(run, packages):
+def test_it_goes_to_the_file_named(run, quick):
     assert run("--output", "my.onnx", "--data.images", "data/../pictures")[0] == 2  # no such folder
     Path("pictures").mkdir()
     Image.new("L", (28, 28)).save("pictures/a.png")
@@ -179,7 +199,7 @@ def test_output_of_another_kind_is_wrong_use(run, workdir, packages):
     assert (workdir / "my.txt").read_text() == "mine"
 
 
-def test_a_place_that_cannot_be_written_is_named(run, packages):
+def test_a_place_that_cannot_be_written_is_named(run, quick):
     Path("taken").write_text("mine")
     code, _, err = run("--output", "taken/deeper")
     assert code == 1
@@ -239,7 +259,7 @@ def test_a_file_that_differs_is_not_written(run, packages, monkeypatch):
     assert sorted(p.name for p in Path().iterdir()) == ["data", file.name]
 
 
-def test_another_class_or_nan_is_a_difference(run, packages, monkeypatch):
+def test_another_class_or_nan_is_a_difference(run, quick, monkeypatch):
     real = export._run
 
     def broken(change):

@@ -80,7 +80,14 @@ def trained(images: torch.Tensor, **arguments: object) -> LeNet5:
 @pytest.mark.parametrize(
     ("variant", "parameters"), [("article", 107_786), pytest.param("classic", 61_706, marks=pytest.mark.long)]
 )
-@pytest.mark.parametrize(("batch_norm", "composed"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("batch_norm", "composed"),
+    [
+        pytest.param(True, False, marks=pytest.mark.long),
+        pytest.param(False, True, marks=pytest.mark.long),
+        (True, True),
+    ],
+)
 def test_a_richer_net_folds_into_the_plain_one(variant, parameters, batch_norm, composed):
     images = torch.randn(1000, 1, 28, 28)
     net = trained(images, variant=variant, batch_norm=batch_norm, composed_kernels=composed).double()

@@ -142,6 +142,7 @@ def test_the_scores_follow_from_their_definitions():
     assert scores["accuracy"] == pytest.approx((predicted == labels).mean())
 
 
+@pytest.mark.long
 def test_what_the_pictures_get(ckpt, monkeypatch, page):
     given = {}
 
@@ -309,6 +310,7 @@ def figures():
     yield "reliability", plots.reliability(confidence, confidence > 0.5, 15)
 
 
+@pytest.mark.long
 def test_no_labels_overlap_or_are_cut_off(monkeypatch):
     drawn, draw = [], Text.draw
     monkeypatch.setattr(Text, "draw", lambda self, renderer: drawn.append(self) or draw(self, renderer))

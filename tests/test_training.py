@@ -21,7 +21,7 @@ def rows(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+@pytest.mark.parametrize("schedule", [pytest.param("constant", marks=pytest.mark.long), "one_cycle"])
 def test_block_size_changes_nothing(cli, workdir, schedule):
     for k in (1, 7, 50):  # 34 steps an epoch: no multiple of 7, less than 50; the last mini-batch has 6 images
         args = (*TINY, *RICH, *RICHER, "--model.schedule", schedule, "--data.steps_per_execution", k, "--name", f"k{k}")
