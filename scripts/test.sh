@@ -34,7 +34,7 @@ stage "ruff check" "correct what it names; '$python -m ruff check --fix' correct
 stage "ruff format" "run '$python -m ruff format .'" $python -m ruff format --check .
 stage "mypy" "correct the types that it names" $python -m mypy
 stage "the fast suite" "correct the test or the code that it names" $python -m pytest -n 2 --dist loadfile
-stage "the long proofs" "correct the test or the code that it names" $python -m pytest -m "long and not data"
+stage "the long proofs" "correct the test or the code that it names" $python -m pytest -n 2 -m "long and not data"
 if $python -m lenet_pl.download data; then
   stage "the tests on the real data" "correct the test or the code that it names" $python -m pytest -m data
 else
