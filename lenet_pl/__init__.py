@@ -1,19 +1,12 @@
 """LeNet-5 on Fashion-MNIST with PyTorch Lightning."""
 
-import os
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lenet_pl.datamodule import FashionMNISTDataModule
     from lenet_pl.lenet import LeNet5
     from lenet_pl.module import LitLeNet
-
-# A notebook sets its own plotting backend for every command that it starts. torchmetrics imports matplotlib, and that
-# import fails where the backend's module is not installed.
-_backend = os.environ.get("MPLBACKEND", "").removeprefix("module://")
-if _backend.count(".") and find_spec(_backend.split(".")[0]) is None:
-    os.environ["MPLBACKEND"] = "agg"
 
 __version__ = "0.1.0"
 __all__ = ["FashionMNISTDataModule", "LeNet5", "LitLeNet", "__version__"]
@@ -25,6 +18,4 @@ def __getattr__(name: str) -> Any:
     """Imports an exported name when it is first used, because ``--help`` must not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"lenet_pl.{_HOME[name]}"), name)
