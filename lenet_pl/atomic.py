@@ -28,12 +28,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # without this, a power cut after the rename could leave an empty file
         temporary.replace(path)
-    except BaseException as error:  # Ctrl-C too
-        if isinstance(error, OSError):
-            error.filename = str(path)  # otherwise it is empty or the temporary file
-        with contextlib.suppress(OSError):  # a file system that can only be read refuses this, too
-            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(path)  # otherwise it is empty or the temporary file
         raise
+    finally:  # after Ctrl-C too; a rename has left nothing to delete
+        with contextlib.suppress(OSError):  # a file system that can only be read refuses this
+            temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
