@@ -151,14 +151,7 @@ class LeNet5(nn.Module):
                     register_parametrization(layer, "weight", ComposedKernel())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classifies normalised images.
-
-        Args:
-            images: Float images, ``[N, 1, 28, 28]``.
-
-        Returns:
-            Logits, ``[N, 10]``.
-        """
+        """Returns the logits, ``[N, 10]``, of normalised float images, ``[N, 1, 28, 28]``."""
         logits: Tensor = self.classifier(self.features(images))
         return logits
 
@@ -190,9 +183,8 @@ def fold(net: LeNet5) -> LeNet5:
             weights.append((layer.weight, layer.bias))
     with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
         plain = LeNet5(net.variant).eval()
-    places = (layer for layer in (*plain.features, *plain.classifier) if isinstance(layer, nn.Conv2d | nn.Linear))
-    for layer, (weight, bias) in zip(places, weights, strict=True):
-        layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    tensors = [tensor.detach() for pair in weights for tensor in pair]
+    plain.load_state_dict(dict(zip(plain.state_dict(), tensors, strict=True)), assign=True)
     return plain
 
 
