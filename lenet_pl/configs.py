@@ -29,6 +29,19 @@ class ConfigFile(ActionConfigFile):
         settings[self.dest][-1] = values  # None until now, because a text has no name
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses a key that is given twice, of which YAML would silently ignore the first one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: list[Any] = []  # no set, because a key may be a list
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key.value} appears twice; merge the two", key.start_mark)
+            seen.append(key.value)
+        return node
+
+
 def read(name: str) -> str:
     """Checks that a config file holds settings, and returns it as YAML in ASCII, which every locale can handle.
 
@@ -41,7 +54,7 @@ def read(name: str) -> str:
     path = _find(name)
     try:
         text = path.read_text("utf-8")
-        tree = yaml.compose(text, yaml.SafeLoader)
+        tree = yaml.compose(text, _Loader)
         yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
@@ -51,27 +64,11 @@ def read(name: str) -> str:
         raise UsageError(f"config file {name}: {error}; expected YAML in UTF-8") from error
     if not isinstance(tree, yaml.MappingNode):
         raise UsageError(f"config file {name}: {_EXPECTED}")
-    _refuse_doubles(name, tree)
     for key, value in tree.value:
         if key.value in ("trainer", "model", "data") and not isinstance(value, yaml.MappingNode):
-            raise UsageError(f"{_place(name, key)} has no settings; {_EXPECTED}")
+            line = key.start_mark.line + 1
+            raise UsageError(f"config file {name}, line {line}: {key.value} has no settings; {_EXPECTED}")
     return str(yaml.serialize(tree, Dumper=yaml.SafeDumper, allow_unicode=False))
-
-
-def _refuse_doubles(name: str, tree: yaml.MappingNode) -> None:
-    """Refuses a key that is given twice, of which YAML would silently ignore the first one."""
-    seen = set()
-    for key, value in tree.value:
-        if key.value in seen:
-            raise UsageError(f"{_place(name, key)} appears twice; merge the two")
-        seen.add(key.value)
-        for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-            if isinstance(part, yaml.MappingNode):
-                _refuse_doubles(name, part)
-
-
-def _place(name: str, key: yaml.Node) -> str:
-    return f"config file {name}, line {key.start_mark.line + 1}: {key.value}"
 
 
 def _find(name: str) -> Path:
