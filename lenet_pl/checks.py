@@ -39,10 +39,14 @@ DECISIVE = (
 FIXED = {"model": ("variant", "batch_norm", "composed_kernels"), "data": ("val_size", "split_seed", "mean", "std")}
 
 
-def check_name(name: str) -> None:
-    """Refuses a name of a run that no folder can have."""
-    fits = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) is not None and name.strip(" .") != ""
-    require(fits, f"name={name!r}", "1 to 100 characters for a folder in runs/, without slashes")
+def take_name(given: Namespace) -> str | None:
+    """Takes the config files out of ``given``; returns the run's name: ``--name``, or the last file's, or None."""
+    files = given.pop("config", None)
+    name = given.get("name") or (Path(files[-1]).stem if files else None)
+    if name is not None:
+        fits = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) is not None and name.strip(" .") != ""
+        require(fits, f"name={name!r}", "1 to 100 characters for a folder in runs/, without slashes")
+    return name
 
 
 def check(command: str, config: Namespace) -> None:

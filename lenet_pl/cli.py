@@ -106,7 +106,7 @@ class CLI(LightningCLI):
                 given["data.images"] = taken.names
             given = configs.with_home_folders(given)
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
-            self.name = _name(given)
+            self.name = checks.take_name(given)
             stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path")))
             for key in OBJECTS:
                 if key in given:
@@ -206,12 +206,3 @@ class CLI(LightningCLI):
             config[key] = value or config[key]
         config.name, config.ckpt_path = name, None
         return str(self.parser.dump(config, skip_none=False, format="yaml"))
-
-
-def _name(given: Namespace) -> str | None:
-    """Returns the name of the run: the given one, otherwise that of the last config file, otherwise None."""
-    files = given.pop("config", None)
-    name = given.get("name") or (Path(files[-1]).stem if files else None)
-    if name is not None:
-        checks.check_name(name)
-    return name
