@@ -109,21 +109,15 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
                 f"{callback.class_path} searches at the beginning of a training, and would begin this one again\n"
                 f"Resume with what it found: --trainer.callbacks null --model.lr {lr} --data.batch_size {size}"
             )
-    if _is_within_epoch(checkpoint):
-        raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
-    done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs
-    if most and most < done:
-        raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least that")
-    if most == done and path.name != Path(runs.LAST).name:  # a finished run is scored again from its last.ckpt alone
-        raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected more than that")
-    steps, most = checkpoint["global_step"], config.trainer.max_steps
-    if 0 < most < steps:
-        raise UsageError(f"trainer.max_steps={most}: {path} has finished step {steps}; expected at least that")
-
-
-def _is_within_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Says whether a checkpoint was written before its epoch was finished, such as after every 100 steps."""
     loop = checkpoint["loops"]["fit_loop"]
     epoch, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
     was_cut_short = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # by max_steps
-    return was_cut_short or epoch["processed"] < epoch["started"]
+    if was_cut_short or epoch["processed"] < epoch["started"]:
+        raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
+    done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs
+    least = done + (path.name != Path(runs.LAST).name)  # a finished run is scored again from its last.ckpt alone
+    if most and most < least:
+        raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least {least}")
+    steps, most = checkpoint["global_step"], config.trainer.max_steps
+    if 0 < most < steps:
+        raise UsageError(f"trainer.max_steps={most}: {path} has finished step {steps}; expected at least that")
