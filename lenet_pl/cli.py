@@ -37,25 +37,17 @@ OBJECTS = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins",
 class CLI(LightningCLI):
     """The options of one command, such as ``fit``, and the data, model and trainer that they describe.
 
-    Attributes:
-        path: The checkpoint's file, if the command starts from a checkpoint.
-        checkpoint: Its content.
-        resumed: The folder of the run that a training resumes.
-        is_finished: Whether ``auto`` has found that run finished.
-        stored: All settings of the checkpoint or of that run.
-        run_writer: The callback that writes the run folder of a training.
-
     Raises:
         UsageError: If an option is unknown or its value is wrong.
     """
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
-        self.path: Path | None = None
-        self.checkpoint: dict[str, Any] = {}
-        self.resumed: Path | None = None
-        self.is_finished = False
-        self.run_writer: RunFolder | None = None
+        self.path: Path | None = None  # the checkpoint's file, if the command starts from one
+        self.checkpoint: dict[str, Any] = {}  # its content
+        self.resumed: Path | None = None  # the folder of the run that a training resumes
+        self.is_finished = False  # whether ``auto`` has found that run finished
+        self.run_writer: RunFolder | None = None  # the callback that writes the run folder of a training
         super().__init__(
             LitLeNet,
             FashionMNISTDataModule,
@@ -113,13 +105,12 @@ class CLI(LightningCLI):
                     given[key] = configs.joined(stored.get(key), given[key])
             # Only the options that were given, because YAML cannot express some defaults, such as a device.
             self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
-            self.stored = parser.parse_object(stored)
             self.config = parser.parse_object(given, stored)
         except (ArgumentError, TypeError, KeyError) as error:
             raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
         checks.check(self.command, self.config)
         if self.resumed and self.config.ckpt_path == "auto":
-            self.is_finished = checks.is_finished(self.resumed, self.stored, self.config)
+            self.is_finished = checks.is_finished(self.resumed, parser.parse_object(stored), self.config)
         if self.command == "fit" and self.path and not self.is_finished:
             checks.check_resume(self.config, self.path, self.checkpoint)
 
