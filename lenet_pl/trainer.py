@@ -53,55 +53,42 @@ def trainer_options(
         step: The optimizer step from which a run resumes.
     """
     callbacks = _listed(options.callbacks)
-    if run_writer:
-        callbacks += [run_writer, *_of_training(options, data)]
-    if _shows_bar(options):
-        callbacks.append(EpochBar())
+
+    def has(kind: type[Callback]) -> bool:
+        return any(isinstance(callback, kind) for callback in callbacks)
+
     changed: dict[str, Any] = {
         "callbacks": callbacks,
         "plugins": [*_listed(options.plugins), AtomicCheckpointIO()],
         "enable_model_summary": False,  # Summary is ours
     }
     if run_writer:
-        if options.max_time and not _has(callbacks, Timer):  # beside a user's, Lightning says that it ignores max_time
+        callbacks.append(run_writer)
+        if options.enable_checkpointing is not False:
+            validates = data.val_size and options.limit_val_batches != 0
+            callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
+        if options.enable_model_summary is not False and not has(ModelSummary):
+            callbacks.append(Summary())
+        if options.max_time and not has(Timer):  # beside a user's, Lightning says that it ignores max_time
             # Ours ends a training only after an epoch, from which the run can be resumed.
             callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
             changed["max_time"] = None
-        # Lightning warns where an epoch has fewer batches, which are blocks here.
-        changed["log_every_n_steps"] = 1 if options.log_every_n_steps is None else options.log_every_n_steps
+        if options.log_every_n_steps is None:  # Lightning warns where an epoch has fewer batches: here they are blocks
+            changed["log_every_n_steps"] = 1
     if options.logger in (None, True):
         changed["logger"] = RunLogger(run_writer, step) if run_writer else False
+    shows_bar = options.enable_progress_bar
+    if shows_bar is None:
+        shows_bar = sys.stdout.isatty() and not options.barebones
+    if shows_bar and not has(ProgressBar):
+        callbacks.append(EpochBar())
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
-        if not _has(callbacks, kind):  # otherwise Lightning adds its own
+        if not has(kind):  # otherwise Lightning adds its own
             changed[option] = False
     return changed
-
-
-def _of_training(options: Namespace, data: FashionMNISTDataModule) -> list[Callback]:
-    """Returns the callbacks of a training, except for the user's and the run folder."""
-    callbacks: list[Callback] = []
-    if options.enable_checkpointing is not False:
-        validates = data.val_size and options.limit_val_batches != 0
-        callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
-    if options.enable_model_summary is not False and not _has(options.callbacks, ModelSummary):
-        callbacks.append(Summary())
-    return callbacks
-
-
-def _shows_bar(options: Namespace) -> bool:
-    """Says whether our progress bar is shown: on a terminal, unless the user chose otherwise or has a bar."""
-    if _has(options.callbacks, ProgressBar):
-        return False
-    if options.enable_progress_bar is None:
-        return sys.stdout.isatty() and not options.barebones
-    return bool(options.enable_progress_bar)
 
 
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
-
-
-def _has(callbacks: Any, kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in _listed(callbacks))
