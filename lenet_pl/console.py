@@ -46,8 +46,6 @@ def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
 class Summary(Callback):
     """Prints the layers with output shapes and numbers of parameters at the start, as the article does."""
 
-    takes_blocks = True
-
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Prints the table."""
         if not trainer.is_global_zero:
