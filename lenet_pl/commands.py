@@ -63,16 +63,11 @@ def test(cli: CLI) -> None:
     assert cli.path is not None
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = rounded_metrics(cli.trainer)
-    result = {
-        "test_acc": metrics["test_acc"],
-        "test_loss": metrics["test_loss"],
-        "n": int(metrics["n"]),
-        "ckpt_path": str(cli.path),
-        "seed": cli.config.seed_everything,
-    }
+    result: dict[str, Any] = {name: metrics[name] for name in ("test_acc", "test_loss")}
+    result |= {"n": int(metrics["n"]), "ckpt_path": str(cli.path), "seed": cli.config.seed_everything}
     if cli.trainer.is_global_zero:
-        folder = runs.folder_of(cli.path) or runs.beside(cli.path)
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
+        folder = runs.folder_of(cli.path) or runs.beside(cli.path)
         write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
 
 
