@@ -142,15 +142,16 @@ class RunFolder(Callback):
             )
         self.fastest = min(self.fastest, seconds)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Writes why the training ended, and prints it if the training ended early."""
-        done, reason = trainer.current_epoch, _reason(trainer)
+    def finish(self, trainer: Trainer) -> Path:
+        """Writes why the training ended, prints it if that was early, and returns the run folder."""
+        folder, done, reason = self.create(), trainer.current_epoch, _reason(trainer)
         if trainer.is_global_zero:
             if not self.started:  # nothing was left to train, so no epoch has saved the settings
-                write_atomic(self.create() / runs.CONFIG, self.config.encode())
-            write_atomic(self.create() / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
+                write_atomic(folder / runs.CONFIG, self.config.encode())
+            write_atomic(folder / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
             if reason:
                 print(f"The training ended after epoch {done}: {reason}")
+        return folder
 
 
 def _reason(trainer: Trainer) -> str | None:

@@ -24,21 +24,22 @@ say = rank_zero_only(print)
 def fit(cli: CLI) -> None:
     """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
     writer = cli.run_writer
-    folder = writer.path if writer else None  # so far only that of a run to resume
-    if folder and cli.is_finished:
+    if writer is None:  # fast_dev_run and barebones leave nothing
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
+        return
+    if cli.is_finished:
+        folder = writer.create()
         say(f"{folder} is finished: {(folder / runs.FINISHED).read_text('utf-8').strip()}")
         if not cli.config.test or (folder / runs.SCORE).is_file():
             return
     else:
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
-            if writer:
-                writer.finish(cli.trainer)
+            folder = writer.finish(cli.trainer)
         finally:
-            if writer and cli.trainer.global_step <= cli.checkpoint.get("global_step", 0):  # no step was taken
+            if cli.trainer.global_step <= cli.checkpoint.get("global_step", 0):  # no step was taken
                 writer.discard()
-        folder = writer.path if writer else None
-    if folder is None or not cli.trainer.checkpoint_callbacks:  # without checkpoints there is nothing to score
+    if not cli.trainer.checkpoint_callbacks:  # without checkpoints there is nothing to score
         return
     path = runs.scored_checkpoint(folder)
     if path is None:
