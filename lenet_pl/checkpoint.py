@@ -4,6 +4,7 @@ The two callbacks at the end say which of them a run writes.
 """
 
 import io
+import os
 import pickle
 import re
 import warnings
@@ -64,14 +65,12 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """
     runs.refuse_url(path)
     name = f"Checkpoint {str(path)!r}"
+    if not os.path.isfile(path):  # noqa: PTH113 (no error for any name); reading a pipe or a device might never end
+        raise CheckpointError(f"{name} does not exist or is not a file{_REMEDY}")
     try:
-        if not Path(path).is_file():  # reading a pipe or a device might never end
-            raise CheckpointError(f"{name} does not exist or is not a file{_REMEDY}")
         with Path(path).open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about foreign files before it raises an error
             content: dict[str, Any] = torch.load(_verified(file), map_location=map_location, weights_only=True)
-    except CheckpointError:
-        raise
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}{_REMEDY}") from error
     except pickle.UnpicklingError as error:
