@@ -136,15 +136,10 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
                 return found
             problem = f"Checkpoint {word!r} does not exist: the newest run{of_name}, {runs[0]}, has finished no epoch"
     known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
-    raise CheckpointError(f"{problem}.\n{_advice(word, known)}")
-
-
-def _advice(word: str, known: Iterable[Path]) -> str:
-    """Names checkpoints that exist, the most similar to ``word`` first."""
     names = list(dict.fromkeys(map(str, known)))
-    if not names:
-        return f"There are no checkpoints yet; this trains one: {TRAIN}"
-    return f"Give one of these: {', '.join(difflib.get_close_matches(word, names) or names[:3])}"
+    similar = ", ".join(difflib.get_close_matches(word, names) or names[:3])
+    advice = f"Give one of these: {similar}" if names else f"There are no checkpoints yet; this trains one: {TRAIN}"
+    raise CheckpointError(f"{problem}.\n{advice}")
 
 
 def refuse_url(path: str | Path) -> None:
