@@ -96,11 +96,7 @@ def beside(ckpt_path: Path) -> Path:
 
 def scored_checkpoint(folder: Path) -> Path | None:
     """Returns the checkpoint by which a run is scored: the best, or without validation the last, or None."""
-    return _first_file(folder / BEST, folder / LAST)
-
-
-def _first_file(*paths: Path) -> Path | None:
-    return next(filter(Path.is_file, paths), None)
+    return next(filter(Path.is_file, (folder / BEST, folder / LAST)), None)
 
 
 def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -> Path:
@@ -131,8 +127,8 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
     if kind in ("best", "last"):
         problem = f"Checkpoint {word!r} does not exist: there is no run{of_name} in {str(root)!r}"
         if runs:
-            found = scored_checkpoint(runs[0]) if kind == "best" else _first_file(runs[0] / LAST)
-            if found:
+            found = scored_checkpoint(runs[0]) if kind == "best" else runs[0] / LAST
+            if found and found.is_file():
                 return found
             problem = f"Checkpoint {word!r} does not exist: the newest run{of_name}, {runs[0]}, has finished no epoch"
     known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
