@@ -40,13 +40,6 @@ def shorten(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the option that ``name`` probably means, such as ``model.lr`` for ``lr``, or None."""
-    by_last_part = {option.split(".")[-1]: option for option in known}
-    alike = difflib.get_close_matches(name.split(".")[-1], by_last_part, 1, 0.75)
-    return by_last_part[alike[0]] if alike else None
-
-
 def explain(message: str, command: str, options: Iterable[str]) -> str:
     """Shortens a message of jsonargparse, and adds the nearest option and a remedy.
 
@@ -74,8 +67,9 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     if unknown:
         name = unknown[1]
         dashes = "--" if name.startswith("--") else ""
-        alike = nearest(name.lstrip("-"), options)
-        hint = f"; did you mean {dashes}{alike}?" if alike else ""
+        by_last_part = {option.split(".")[-1]: option for option in options}  # --lr probably means --model.lr
+        alike = difflib.get_close_matches(name.lstrip("-").split(".")[-1], by_last_part, 1, 0.75)
+        hint = f"; did you mean {dashes}{by_last_part[alike[0]]}?" if alike else ""
         return f"unknown option {name}{hint}{remedy}"
     if not key:
         return shorten(flat) + remedy
