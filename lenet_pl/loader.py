@@ -143,16 +143,14 @@ class EvalLoader:
     def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1) -> None:
         self.images, self.labels = images[rank::world], labels[rank::world]
         self.mean, self.std = mean, std
-        # The same in all processes, which exchange the statistics of batch normalisation before each batch.
-        least = max(len(labels) // world, min(len(labels), 1))  # images of the smallest share; 0 only if there are none
-        self.batches = ceil(least / EVAL_BATCH_SIZE)
+        # The same in all processes, which exchange the statistics of batch normalisation before each batch. A share
+        # may be empty.
+        self.batches = ceil(max(len(labels) // world, 1) / EVAL_BATCH_SIZE)
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self.batches:
-            return
         parts = zip(self.images.tensor_split(self.batches), self.labels.tensor_split(self.batches), strict=True)
         for images, labels in parts:
             yield normalise(images, self.mean, self.std), labels
