@@ -190,13 +190,12 @@ def run(
     all_outputs, losses = [], []
     for batch in block:
         outputs, loss = forward(batch)
-        if not direct:
-            optimizer.zero_grad()
-            module.manual_backward(loss)
-        module.on_before_optimizer_step(optimizer)
+        module.on_before_optimizer_step(optimizer)  # it only sets the learning rate
         if direct:
             adam.step(optimizer, loss)
         else:
+            optimizer.zero_grad()
+            module.manual_backward(loss)
             optimizer.step()
         _count_step(trainer)
         torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the step
