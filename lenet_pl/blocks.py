@@ -150,17 +150,13 @@ def _ignores_steps(callback: Callback) -> bool:
 def total_steps(trainer: Trainer) -> float:
     """Returns the optimizer steps of the whole training, or infinity where nothing but time ends it."""
     loader: Any = trainer.train_dataloader
-    if trainer.lightning_module.automatic_optimization:
-        total = trainer.estimated_stepping_batches
-    elif trainer.max_epochs in (None, -1):
-        total = float("inf")
-    else:
-        total = trainer.max_epochs * int(loader.steps)  # Lightning would count blocks
+    total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 1
     if trainer.max_steps != -1 or total == float("inf"):
         return total
+    runs_blocks = getattr(trainer.lightning_module, "runs_blocks", False)
+    steps = loader.steps if runs_blocks else total // epochs  # Lightning would count blocks
     # The epochs before a resume may have had more or fewer steps, because the size of a batch may change.
-    epochs = trainer.max_epochs or 1
-    return trainer.global_step + total // epochs * (epochs - trainer.current_epoch)
+    return trainer.global_step + steps * (epochs - trainer.current_epoch)
 
 
 def run(
