@@ -57,10 +57,11 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Returns the files that a name stands for: itself, those below a folder, or those that a pattern matches."""
+    """Returns the files that a name stands for: itself, those below a folder (no hidden ones), or a pattern's."""
     try:
         if path.is_dir():
-            return _below(path)
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            return [file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
         if path.is_file():  # no pipe, which would be read for ever
             return [path]
         matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 (a pattern may be absolute)
@@ -70,15 +71,6 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{one_line(path)}: no such file or folder; give a picture or a folder")
     return files
-
-
-def _below(folder: Path) -> list[Path]:
-    """Returns the files in a folder and its subfolders, sorted, without hidden ones."""
-    files = []
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # os.walk goes into what is left
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.is_file())
 
 
 def _why_not(file: Path) -> str:
