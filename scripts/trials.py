@@ -67,13 +67,7 @@ stopped: list[int] = []  # the exit code of each signal that asked this command 
 
 
 class Plan:
-    """What the command line asks for.
-
-    Attributes:
-        space: The settings that differ, and their values: ``{"model.dropout": "0,0.05"}``.
-        settings: Those that all trials share.
-        jobs: What a trial is given, settings and seed, by its name in the queue.
-    """
+    """What the command line asks for."""
 
     def __init__(self, args: argparse.Namespace, rest: list[str]) -> None:
         self.args = args
@@ -83,15 +77,16 @@ class Plan:
         self.storage = args.storage or f"sqlite:///{self.runs / 'trials.db'}?timeout=60"
         self.engine = sqlalchemy.create_engine(self.storage)
         self.fit = [*FIT, "--config", args.config, "--threads", "1", *rest, "--trainer.default_root_dir", args.root]
+        # The settings that differ, and their values: {"model.dropout": "0,0.05"}
         self.space = {name: values for name, _, values in (item.partition("=") for item in args.grid or args.search)}
-        self.settings = self._ask_fit()
+        self.settings = self._ask_fit()  # those that all trials share
         self.runs.mkdir(parents=True, exist_ok=True)
         self.study = f"{self.recipe}-{digest(self.settings, self.space, bool(args.search), args.final)}"
         self.images = 10_000 if args.final else self.settings["data.val_size"]
         if not self.images:
             remedy = "add --data.val_size 10000, or --final if it is chosen and the test images shall score it"
             raise UsageError(f"{args.config} has no validation images to compare trials by: {remedy}")
-        self.jobs: dict[str, tuple[dict[str, str], int]] = {}
+        self.jobs: dict[str, tuple[dict[str, str], int]] = {}  # settings and seed of a trial by its name in the queue
         if args.search:
             self.jobs = {f"trial {k}": ({}, 0) for k in range(args.trials)}
             return
