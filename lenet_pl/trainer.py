@@ -24,9 +24,8 @@ MOST_THREADS = 4
 def set_threads(threads: int | None, devices: str) -> int:
     """Sets the number of threads of this process, and of those that Lightning starts; returns it.
 
-    Args:
-        threads: The number, or None for one that suits the machine.
-        devices: The Trainer's option: with several CPU processes each gets its share of the cores.
+    None stands for a number that suits the machine. Of ``devices``, the Trainer's option, several may be CPU processes:
+    each gets its share of the cores.
     """
     processes = int(devices) if devices.isdecimal() else 1
     is_given = threads is not None
@@ -44,14 +43,7 @@ def set_threads(threads: int | None, devices: str) -> int:
 def trainer_options(
     options: Namespace, run_writer: RunFolder | None, data: FashionMNISTDataModule, step: int
 ) -> dict[str, Any]:
-    """Returns the options of a Trainer that differ from the user's.
-
-    Args:
-        options: The user's.
-        run_writer: The callback that writes the run folder of a training, or None.
-        data: The data of the training.
-        step: The optimizer step from which a run resumes.
-    """
+    """Returns what a Trainer gets instead of the user's ``options``. A run resumes from the optimizer step ``step``."""
     callbacks = _listed(options.callbacks)
 
     def has(kind: type[Callback]) -> bool:
