@@ -22,9 +22,9 @@ from lenet_pl.atomic import write_atomic
 from lenet_pl.errors import CheckpointError
 
 # What Lightning writes for any module that saves its hyperparameters.
-_KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytorch-lightning_version": str}
+KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytorch-lightning_version": str}
 # What this package needs as well: the first to rebuild data and net, the second to resume a training.
-_OURS = {"datamodule_hyper_parameters": dict, "seed": int, "epoch": int}
+OURS = {"datamodule_hyper_parameters": dict, "seed": int, "epoch": int}
 _TRAINING = {"loops": dict, "optimizer_states": list}
 _REMEDY = f".\nGive another file with --ckpt_path, or train one: {runs.TRAIN}"
 
@@ -80,7 +80,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     except Exception as error:  # BadZipFile, EOFError, RuntimeError, struct.error …: they have no common parent
         line = (str(error) or type(error).__name__).splitlines()[0][:120].rstrip(".")
         raise CheckpointError(f"{name} is damaged, cut off or not a checkpoint: {line}{_REMEDY}") from error
-    _require(content, _KEYS, name)
+    _require(content, KEYS, name)
     return content
 
 
@@ -91,7 +91,7 @@ def load_ours(path: Path, resume: bool) -> dict[str, Any]:
         CheckpointError: As :func:`load`, and if the file lacks what this package writes.
     """
     content = load(path)
-    _require(content, _OURS | (_TRAINING if resume else {}), f"Checkpoint {str(path)!r}")
+    _require(content, OURS | (_TRAINING if resume else {}), f"Checkpoint {str(path)!r}")
     return content
 
 

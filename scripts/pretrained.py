@@ -12,22 +12,11 @@ from pathlib import Path
 
 from lenet_pl import LitLeNet, checkpoint, runs
 
-KEPT = [
-    "state_dict",
-    "hyper_parameters",
-    "datamodule_hyper_parameters",
-    "seed",
-    "epoch",
-    "global_step",
-    "precision",
-    "pytorch-lightning_version",
-]
-
 
 def main(path: Path) -> None:
     """Writes the package's file from the checkpoint ``path``."""
     content = checkpoint.load_ours(path, resume=False)
-    kept = {name: content[name] for name in KEPT}
+    kept = {name: content[name] for name in (*checkpoint.KEYS, *checkpoint.OURS, "precision")}
     kept["state_dict"] = LitLeNet.of(content).state_dict()
     kept["hyper_parameters"] |= {"batch_norm": False, "composed_kernels": False, "compile": False}
     checkpoint.AtomicCheckpointIO().save_checkpoint(kept, runs.PRETRAINED)
