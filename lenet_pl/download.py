@@ -34,9 +34,6 @@ SOURCES: tuple[str, ...] = (
 TIMEOUT = 10.0  # seconds that a mirror may stay silent
 APT_TIMEOUT = 300  # seconds for one apt command
 
-# The errors of a bad source. Trouble in the data folder is handled elsewhere.
-_FAULTS = (OSError, ValueError, HTTPException)
-
 
 class DataError(Failure):
     """The data cannot be fetched or stored."""
@@ -92,7 +89,7 @@ def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
         for name in wanted:
             try:
                 content = _get(source, name, scratch)
-            except _FAULTS as error:
+            except (OSError, ValueError, HTTPException) as error:  # the source is bad
                 failures.setdefault(source, str(error) or type(error).__name__)
                 if remote:  # a mirror that hangs must not hang once per file
                     break
