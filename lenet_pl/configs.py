@@ -105,9 +105,7 @@ def joined(stored: Any, given: Any) -> Any:
 
 def of_run(folder: Path) -> dict[str, Any]:
     """Returns the settings in the config.yaml of a run folder."""
-    settings = dict(yaml.safe_load(read(str(folder / CONFIG))))
-    settings.pop("ckpt_path", None)
-    return settings
+    return dict(yaml.safe_load(read(str(folder / CONFIG))))
 
 
 def of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
