@@ -145,14 +145,11 @@ class CLI(LightningCLI):
             raise UsageError(f"{str(source)!r} has settings of another version: {why}") from error
         return stored
 
-    def before_instantiate_classes(self) -> None:
-        """Says which checkpoint is used, and sets the number of threads."""
+    def instantiate_classes(self) -> None:
+        """Says which checkpoint is used, and builds data, model and trainer. A value that they refuse is wrong use."""
         if self.path:
             rank_zero_only(print)(f"checkpoint: {one_line(self.path)}")
         self.config.threads = set_threads(self.config.threads, str(self.config.trainer.devices))
-
-    def instantiate_classes(self) -> None:
-        """Builds data, model and trainer. A value that they refuse is wrong use."""
         try:
             super().instantiate_classes()
         except UsageError:
