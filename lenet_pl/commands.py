@@ -125,10 +125,8 @@ def run(command: str, args: list[str]) -> int:
         return int(leave.code or 0)
     except BrokenPipeError:  # nobody reads the output any more (``| head``): __main__ handles that
         raise
-    except UsageError as error:
-        return tell(error, 2)
     except Exception as error:
-        return tell(error, 1)
+        return tell(error, 2 if isinstance(error, UsageError) else 1)
     return 0
 
 
