@@ -30,13 +30,9 @@ all its options: python -m lenet_pl fit --help"""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command line.
+    """Runs the command line ``args``, by default ``sys.argv[1:]``, and returns the exit code.
 
-    Args:
-        args: The arguments; ``sys.argv[1:]`` by default.
-
-    Returns:
-        The exit code: 0 done, 1 failed at run time, 2 wrong use, 130 Ctrl-C, 143 SIGTERM.
+    It is 0 if all is done, 1 after a failure, 2 after wrong use, 130 after Ctrl-C, and 143 after SIGTERM.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):

@@ -32,11 +32,7 @@ def is_ready(optimizer: Optimizer) -> bool:
 def step(optimizer: Adam, loss: Tensor) -> None:
     """Does what ``zero_grad``, ``backward`` and ``step`` do, to the bit, by the function that ``Adam.step`` calls.
 
-    It leaves ``grad`` of the parameters alone.
-
-    Args:
-        optimizer: One that :func:`is_ready` accepts.
-        loss: A scalar with a graph.
+    The optimizer is one that :func:`is_ready` accepts. ``grad`` of the parameters is left alone.
     """
     group = optimizer.param_groups[0]
     parameters = group["params"]

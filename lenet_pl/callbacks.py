@@ -177,9 +177,7 @@ def rounded_metrics(trainer: Trainer) -> dict[str, float]:
 class RunLogger(TensorBoardLogger):
     """Writes TensorBoard events into the run folder, which does not exist before the training starts.
 
-    Args:
-        run_writer: The callback that knows the run folder.
-        step: The optimizer step from which the run resumes. Events of later steps are dropped.
+    ``step`` is the optimizer step from which the run resumes. Events of later steps are dropped.
     """
 
     def __init__(self, run_writer: RunFolder, step: int = 0) -> None:

@@ -43,10 +43,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def read(name: str) -> str:
-    """Checks that a config file holds settings, and returns it as YAML in ASCII, which every locale can handle.
-
-    Args:
-        name: A file, or a recipe's name such as ``best`` or ``best.yaml``.
+    """Checks that a config file, or a recipe such as ``best``, holds settings; returns it as YAML in ASCII.
 
     Raises:
         UsageError: If the file does not exist, is not YAML in UTF-8, has a key twice, or holds no settings.

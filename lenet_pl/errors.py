@@ -41,13 +41,7 @@ def shorten(text: str, length: int = 300) -> str:
 
 
 def explain(message: str, command: str, options: Iterable[str]) -> str:
-    """Shortens a message of jsonargparse, and adds the nearest option and a remedy.
-
-    Args:
-        message: The message's text, often of many lines.
-        command: The command, such as ``fit``.
-        options: The command's options without dashes, such as ``model.lr``.
-    """
+    """Shortens a message of jsonargparse, and adds a remedy and the nearest option, such as ``model.lr``."""
     flat = " ".join(message.split())
     remedy = f"\nAll options: python -m lenet_pl {command} --help"
     inside = re.match(r"Problem with given class_path '(\S+)': (.+)", flat)

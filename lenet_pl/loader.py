@@ -38,10 +38,7 @@ def training_seed(trainer: Trainer | None) -> int:
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """Scales uint8 pixels to 0..1 and standardises them to float32, bit-equal to torchvision's ToTensor and Normalize.
 
-    Args:
-        images: uint8, any shape.
-        mean: Pixel mean of images in 0..1.
-        std: Pixel standard deviation of images in 0..1.
+    ``images`` have any shape; ``mean`` and ``std`` are those of pixels in 0..1.
     """
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 

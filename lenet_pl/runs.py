@@ -63,13 +63,9 @@ def version(folder: Path) -> int:
 
 
 def all_runs(root: Path, name: str | None = None) -> list[Path]:
-    """Returns the run folders below ``root``, the newest first.
+    """Returns the run folders below ``root``, the folder ``runs``, or only those called ``name``; the newest first.
 
     A run is as new as the newest file among its settings and checkpoints.
-
-    Args:
-        root: The folder ``runs``.
-        name: Only runs of this name.
     """
     found = []
     for folder in root.glob(f"{glob.escape(name) if name else '*'}/version_*"):

@@ -129,12 +129,9 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
 
 @_styled
 def reliability(confidence: Tensor, correct: Tensor, bins: int) -> Figure:
-    """Draws the accuracy by confidence, with the number of images above each bar.
+    """Draws the accuracy in equal bins of confidence, with the number of images above each bar.
 
-    Args:
-        confidence: Probability of the predicted class, ``[N]``.
-        correct: Whether the predicted class is right, ``[N]``, bool.
-        bins: Number of equal bins between 0 and 1.
+    ``confidence``, ``[N]``, is the probability of the predicted class; ``correct``, ``[N]``, says if that is right.
     """
     values, hits = confidence.cpu().numpy(), correct.cpu().numpy()
     counts, edges = np.histogram(values, bins, (0, 1))
