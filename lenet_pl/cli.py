@@ -117,16 +117,13 @@ class CLI(LightningCLI):
     def _find_stored(self, word: str | None) -> dict[str, Any]:
         """Finds and loads the checkpoint that the command starts from; returns its settings, or those of its run."""
         is_fit = self.command == "fit"
+        if is_fit and word == "auto":
+            self.resumed = next(iter(runs.all_runs(self.root, self.name or "lenet")), None)
+            if self.resumed and not (self.resumed / runs.LAST).is_file():  # stopped in its first epoch: it starts again
+                return configs.of_run(self.resumed)
+            word = str(self.resumed / runs.LAST) if self.resumed else None
         if is_fit and word is None:
             return {}
-        if is_fit and word == "auto":
-            newest = runs.all_runs(self.root, self.name or "lenet")[:1]
-            if not newest:
-                return {}
-            if not (newest[0] / runs.LAST).is_file():  # it was stopped in its first epoch and starts again
-                self.resumed = newest[0]
-                return configs.of_run(self.resumed)
-            word = str(newest[0] / runs.LAST)
         if word is None:
             means_run = self.name or runs.all_runs(self.root) or not runs.PRETRAINED.is_file()
             word = "best" if means_run else "pretrained"
