@@ -125,8 +125,7 @@ class CLI(LightningCLI):
         if is_fit and word is None:
             return {}
         if word is None:
-            means_run = self.name or runs.all_runs(self.root) or not runs.PRETRAINED.is_file()
-            word = "best" if means_run else "pretrained"
+            word = "best" if self.name or runs.all_runs(self.root) else "pretrained"
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         self.resumed = runs.folder_of(self.path) if is_fit else None

@@ -86,8 +86,7 @@ def folder_of(ckpt_path: Path) -> Path | None:
 
 def beside(ckpt_path: Path) -> Path:
     """Returns the folder for what is made from a checkpoint: its own, or the current one for the package's weights."""
-    is_ours = PRETRAINED.is_file() and ckpt_path.samefile(PRETRAINED)
-    return Path() if is_ours else ckpt_path.parent
+    return Path() if ckpt_path.samefile(PRETRAINED) else ckpt_path.parent
 
 
 def scored_checkpoint(folder: Path) -> Path | None:
@@ -112,7 +111,7 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
     try:
         if path.is_file():
             return path
-        if kind == "pretrained" and PRETRAINED.is_file():
+        if kind == "pretrained":
             return PRETRAINED
         runs = all_runs(root, name)
         around = [*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt"), *path.parent.glob("*.ckpt")]
