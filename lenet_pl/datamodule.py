@@ -48,6 +48,9 @@ class FashionMNISTDataModule(LightningDataModule):
     """
 
     makes_blocks = True  # see blocks.py
+    train_set: Batch  # uint8 images and labels, like the next two; setup makes them
+    val_set: Batch
+    test_set: Batch
 
     def __init__(
         self,
@@ -80,9 +83,6 @@ class FashionMNISTDataModule(LightningDataModule):
         self.files = files.find(images) if images else []  # the pictures to predict
         self.errors: dict[Path, str] = {}  # the pictures that could not be read, and why
         self.seed = 0  # the training seed; setup sets it
-        self.train_set: Batch | None = None  # uint8 images and labels, like the next two
-        self.val_set: Batch | None = None
-        self.test_set: Batch | None = None
 
     def prepare_data(self) -> None:
         """Puts the verified files in place, and raises ``download.DataError`` if that fails."""
@@ -98,7 +98,7 @@ class FashionMNISTDataModule(LightningDataModule):
         Raises:
             UsageError: If ``val_size`` leaves no image to train on.
         """
-        if stage in ("fit", "validate") and self.train_set is None:
+        if stage in ("fit", "validate") and not hasattr(self, "train_set"):
             images, labels = self._read(train=True)
             expected = f"fewer than the {len(labels)} training images"
             require(self.val_size < len(labels), f"data.val_size={self.val_size}", expected)
@@ -106,7 +106,7 @@ class FashionMNISTDataModule(LightningDataModule):
             train, val = order[self.val_size :], order[: self.val_size]
             self.train_set, self.val_set = (images[train], labels[train]), (images[val], labels[val])
         wants_test_images = stage == "test" or (stage == "predict" and not self.files)
-        if wants_test_images and self.test_set is None:
+        if wants_test_images and not hasattr(self, "test_set"):
             self.test_set = self._read(train=False)
         if stage == "fit":
             self.seed = training_seed(self.trainer)
@@ -144,9 +144,8 @@ class FashionMNISTDataModule(LightningDataModule):
             return self.test_dataloader()
         return DataLoader(self.files, batch_size=EVAL_BATCH_SIZE, collate_fn=self._load_pictures)  # type: ignore[arg-type]
 
-    def _shared_arguments(self, images_and_labels: Batch | None) -> dict[str, Any]:
+    def _shared_arguments(self, images_and_labels: Batch) -> dict[str, Any]:
         """Returns what both loaders take. On the trainer's device the images need at most 47 MB."""
-        assert images_and_labels is not None, "call setup() first"
         images, labels = images_and_labels
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else "cpu"

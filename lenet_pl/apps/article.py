@@ -48,8 +48,6 @@ def rows(
         epoch: The checkpoint's epoch, 1 for the first.
         accuracy: The accuracy on the test images, 0 to 1.
     """
-    assert data.train_set is not None
-    assert data.test_set is not None
     settings = model.hparams
     table = [("test accuracy", f"{TEST_ACCURACY:.2%}", f"{accuracy:.2%}")]
     for result in results:

@@ -32,7 +32,6 @@ def classify_test_images(model: LitLeNet, data: FashionMNISTDataModule) -> tuple
     """
     data.prepare_data()
     data.setup("test")
-    assert data.test_set is not None
     images, labels = data.test_set
     classifier = Classifier(model.eval().float(), data.mean, data.std)
     logits = [classifier(batch.to(model.device)).cpu() for batch in images.split(EVAL_BATCH_SIZE)]

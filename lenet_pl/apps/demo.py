@@ -125,7 +125,6 @@ def _examples(data: FashionMNISTDataModule, folder: Path) -> dict[str, str]:
     """Writes the first test image of each class to ``folder``; returns the files by class name."""
     data.prepare_data()
     data.setup("test")
-    assert data.test_set is not None
     images, labels = data.test_set
     examples = {}
     for label, name in enumerate(FashionMNIST.classes):

@@ -93,7 +93,6 @@ def _row(data: FashionMNISTDataModule, prediction: Prediction, i: int) -> plots.
     """Gathers a picture, what the net saw of it, and the net's answer."""
     title = one_line(Path(prediction.name).name)
     if not data.files:
-        assert data.test_set is not None
         return plots.Row(title, None, data.test_set[0][i, 0].numpy(), prediction.top)
     try:
         picture = files.load(data.files[i])

@@ -96,8 +96,6 @@ def draw(data: FashionMNISTDataModule, logits: Tensor) -> dict[str, Figure]:
     Returns:
         The figures by the name of their PNG file; without ``mistakes`` where the net makes none.
     """
-    assert data.train_set is not None
-    assert data.test_set is not None
     train_images, train_labels = data.train_set  # in random order
     images, labels = data.test_set
     confidence, predicted = logits.softmax(1).max(1)
