@@ -3,6 +3,7 @@
 import inspect
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,22 @@ from lenet_pl.console import epoch_line
 from lenet_pl.errors import Failure
 
 
+@dataclass(eq=False)
 class RunFolder(Callback):
-    """Writes the run folder: config.yaml, and for each epoch a row of results.csv. It also prints a line each epoch.
+    """Writes the run folder: config.yaml, and for each epoch a row of results.csv. It also prints a line each epoch."""
 
-    Args:
-        parent: ``runs/<name>``; a new run gets the next free ``version_N`` in it.
-        config: The complete configuration, as YAML.
-        resumed: The folder of the run to resume, if any.
-        ckpt_path: The checkpoint from which it resumes; None if the run was stopped in its first epoch.
-    """
-
+    parent: Path  # runs/<name>; a new run gets the next free version_N in it
+    config: str  # the complete configuration, as YAML
+    resumed: Path | None = None  # the folder of the run to resume, if any
+    ckpt_path: Path | None = None  # from which it resumes; None if the run was stopped in its first epoch
     takes_blocks = True  # it looks only at epochs, see blocks.py
+    started = 0.0
+    fastest = math.inf  # seconds of the fastest epoch
+    warned = False
+    validated = False
 
-    def __init__(self, parent: Path, config: str, resumed: Path | None = None, ckpt_path: Path | None = None) -> None:
-        self.parent, self.config, self.resumed, self.ckpt_path = parent, config, resumed, ckpt_path
-        self.path = resumed  # of a new run None until ``create``
-        self.started = 0.0
-        self.fastest = math.inf  # seconds of the fastest epoch
-        self.warned = False
-        self.validated = False
+    def __post_init__(self) -> None:
+        self.path = self.resumed  # of a new run None until ``create``
 
     def create(self) -> Path:
         """Makes the folder with its config.yaml, unless it is there; returns it."""
