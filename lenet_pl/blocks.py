@@ -55,15 +55,8 @@ class Block(list[Any]):
 def prepare(trainer: Trainer | None, wanted: int) -> int:
     """Decides how many optimizer steps one Lightning step runs, and prepares trainer and module for it.
 
-    A datamodule calls this when it makes a loader. Where something in the training looks at single steps, a line says
-    what it is.
-
-    Args:
-        trainer: The trainer that runs the loader. Outside of a run, and without one, there are only plain batches.
-        wanted: Optimizer steps that are asked for, at least 1.
-
-    Returns:
-        ``wanted``, or 1 where single steps are needed.
+    A datamodule calls this when it makes a loader. It returns ``wanted``, or 1 where something in the training looks at
+    single steps; a line says what it is. Without a trainer, or outside of its run, there are only plain batches.
     """
     if trainer is None or trainer.state.status != "running":  # the loader is for a loop by hand, or another trainer
         return 1

@@ -53,11 +53,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint after verifying every byte of it that matters. It runs no code from the file.
-
-    Args:
-        path: A local file.
-        map_location: Where the tensors go, as for ``torch.load``.
+    """Reads a checkpoint, to ``map_location``, after verifying every byte that matters. It runs no code from the file.
 
     Raises:
         CheckpointError: If ``path`` is a URL, not a file, unreadable, damaged, refused by ``weights_only=True``, or not

@@ -41,12 +41,8 @@ def rows(
 ) -> list[tuple[str, str, str, str]]:
     """Returns the table: for each line its name, what the article says, what holds here, and why the two differ.
 
-    Args:
-        model: The checkpoint's module.
-        data: The run's datamodule, with the training and test images read.
-        results: The rows of results.csv; without them there are fewer lines.
-        epoch: The checkpoint's epoch, 1 for the first.
-        accuracy: The accuracy on the test images, 0 to 1.
+    ``data`` has read the training and test images. Without ``results``, the rows of results.csv, there are fewer lines.
+    ``epoch``, 1 for the first, and ``accuracy`` on the test images, 0 to 1, are those of the checkpoint.
     """
     settings = model.hparams
     table = [("test accuracy", f"{TEST_ACCURACY:.2%}", f"{accuracy:.2%}")]
