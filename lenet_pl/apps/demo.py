@@ -44,7 +44,7 @@ CSS = """
 """
 
 
-def serve(model: LitLeNet, data: FashionMNISTDataModule, port: int = 7860) -> None:
+def serve(model: LitLeNet, data: FashionMNISTDataModule, port: int) -> None:
     """Serves the page on 127.0.0.1 until Ctrl-C or SIGTERM, whose handling it leaves to the caller.
 
     The test images of ``data`` give the examples; where they are missing, the page works without them.
