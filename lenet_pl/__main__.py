@@ -99,6 +99,7 @@ def _main(args: list[str]) -> int:
 
 def entry() -> NoReturn:
     """Runs the command line as a process of its own."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook names one that need not be installed here; no window is opened anyway
     code = main()
     if code in (130, 143):
         os._exit(code)  # at once: what the libraries would clean up takes seconds, and nothing needs it

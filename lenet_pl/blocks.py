@@ -20,6 +20,7 @@ most of them are needed for three reasons, each with the number of Lightning's i
 - ``_batches_that_stepped`` is the step that loggers show (11805). A block adds all its steps to it.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -62,10 +63,10 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
         return 1
     if not getattr(trainer.lightning_module, "takes_blocks", False):
         return 1
-    steps = wanted
-    if wanted > 1 and (reason := _objection(trainer)):
+    reason = _objection(trainer) if wanted > 1 else None
+    if reason:
         rank_zero_only(print)(f"steps_per_execution: 1 instead of {wanted}, because {reason}")
-        steps = 1
+    steps = 1 if reason else wanted
     switch(trainer.lightning_module, on=steps > 1)
     loop = trainer.fit_loop
     automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
@@ -79,7 +80,7 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
 
 
 def switch(module: LightningModule, on: bool) -> None:
-    """Makes a module optimize manually for blocks, or again as it did before; its own manual optimization stays."""
+    """Switches blocks on or off. A module that optimizes by hand without blocks is left alone."""
     if getattr(module, "runs_blocks", False) != on:
         module.automatic_optimization = not on
         module.runs_blocks = on  # type: ignore[assignment]
@@ -101,11 +102,21 @@ def _objection(trainer: Trainer) -> str | None:
             return f"trainer.{option} counts or changes single steps"
     if trainer.precision == "16-mixed":
         return "the loss scaler of 16-mixed precision looks at each step"
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    if epoch.processed != epoch.started:
+        return "the checkpoint was written within an epoch"
+    precision = type(trainer.precision_plugin)
+    if not precision.__module__.startswith("lightning."):
+        return f"{precision.__name__} may change a step"
     strategy = type(trainer.strategy).__name__
     if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         return f"{strategy} was not tried with blocks"
     if len(trainer.optimizers) != 1 or trainer.lr_scheduler_configs:
         return "Lightning steps several optimizers, or a scheduler"
+    optimizer = type(trainer.optimizers[0])
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        return f"{optimizer.__name__} needs a closure"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if getattr(callback, "takes_blocks", False):
             continue
@@ -180,7 +191,7 @@ def run(
     for batch in block:
         outputs, loss = forward(batch)
         module.on_before_optimizer_step(optimizer)  # it only sets the learning rate
-        if direct:
+        if direct and batch is not block[-1]:  # the last one leaves its gradients for callbacks that look at them
             adam.step(optimizer, loss)
         else:
             optimizer.zero_grad()

@@ -1,6 +1,5 @@
 """What a run writes: its folder with a row for each epoch, and TensorBoard events."""
 
-import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.checkpoint import BestCheckpoint, LastCheckpoint
+from lenet_pl.checkpoint import BestCheckpoint, LastCheckpoint, is_unfinished
 from lenet_pl.console import epoch_line
 from lenet_pl.errors import Failure
 
@@ -32,10 +31,11 @@ class RunFolder(Callback):
     started = 0.0
     fastest = math.inf  # seconds of the fastest epoch
     warned = False
-    validated = False
+    validated_step = -1
 
     def __post_init__(self) -> None:
         self.path = self.resumed  # of a new run None until ``create``
+        self.rows: list[dict[str, Any]] = list(runs.read_results(self.resumed)) if self.resumed else []
 
     def create(self) -> Path:
         """Makes the folder with its config.yaml, unless it is there; returns it."""
@@ -64,19 +64,19 @@ class RunFolder(Callback):
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Lets the arguments that a callback has now win over those in its state, such as ``patience``."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            state = checkpoint["callbacks"].get(callback.state_key)
-            if not isinstance(state, dict):
-                continue
-            names = {"dirpath", *inspect.signature(type(callback)).parameters}  # the run folder may have been moved
-            for name in names & state.keys() & vars(callback).keys():
+        """Lets the patience and the folder that a callback of Lightning has now win over those in its state."""
+        changed: list[Any] = [(callback, "patience") for callback in trainer.early_stopping_callbacks]
+        changed += [(callback, "dirpath") for callback in trainer.checkpoint_callbacks]  # the run may have been moved
+        for callback, name in changed:
+            state = checkpoint["callbacks"].get(callback.state_key, {})
+            if name in state:
                 state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Ends a training at once that resumes where the patience of EarlyStopping was at its end."""
         for callback in trainer.early_stopping_callbacks:
-            if callback.wait_count >= max(1, callback.patience):
+            is_stock = type(callback) is EarlyStopping  # a derived class may have gone on all the same
+            if is_stock and callback.wait_count >= max(1, callback.patience):
                 trainer.should_stop = True
             else:
                 callback.stopping_reason_message = None  # perhaps it has one from before the resume
@@ -84,8 +84,8 @@ class RunFolder(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the epoch's clock."""
         is_first = not self.started
-        self.started, self.validated = time.perf_counter(), False
-        if is_first and self.resumed and trainer.is_global_zero:  # nobody has refused to go on
+        self.started = time.perf_counter()
+        if is_first and self.resumed and trainer.is_global_zero:  # no check of on_train_start has refused
             self._resume(self.resumed, trainer.current_epoch)
 
     def _resume(self, folder: Path, finished: int) -> None:
@@ -97,11 +97,12 @@ class RunFolder(Callback):
             half.unlink(missing_ok=True)
         if self.ckpt_path:  # if this training is stopped before its next checkpoint, last.ckpt must mean this one
             write_atomic(folder / runs.LAST, self.ckpt_path.read_bytes())
-        runs.write_results(folder, [row for row in runs.read_results(folder) if int(row["epoch"]) <= finished])
+        self.rows = [row for row in self.rows if int(row["epoch"]) <= finished]
+        runs.write_results(folder, self.rows)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes that this epoch has validation metrics: Lightning keeps those of earlier epochs."""
-        self.validated = True
+        """Notes which weights are validated: Lightning keeps the metrics until the next validation."""
+        self.validated_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the epoch's row and prints its line.
@@ -109,10 +110,12 @@ class RunFolder(Callback):
         Raises:
             Failure: If the training diverged. The checkpoints of earlier epochs stay.
         """
+        if is_unfinished(trainer):
+            return
         epoch, seconds = trainer.current_epoch + 1, round(time.perf_counter() - self.started, 3)
         metrics = rounded_metrics(trainer)
         row: dict[str, Any] = {name: metrics.get(name, "") for name in runs.COLUMNS}
-        if not self.validated:
+        if self.validated_step != trainer.global_step:
             row.update(val_loss="", val_acc="")
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         row.update(epoch=epoch, step=trainer.global_step, lr=lr, seconds=seconds)
@@ -125,8 +128,8 @@ class RunFolder(Callback):
                 )
         if not trainer.is_global_zero:
             return
-        folder = self.create()  # it is there by now
-        runs.write_results(folder, [*runs.read_results(folder), row])
+        self.rows.append(row)
+        runs.write_results(self.create(), self.rows)
         print(epoch_line(row, trainer.max_epochs), flush=True)
         self._warn_if_slow(seconds)
 
@@ -142,8 +145,9 @@ class RunFolder(Callback):
 
     def finish(self, trainer: Trainer) -> Path:
         """Writes why the training ended, prints it if that was early, and returns the run folder."""
-        folder, done, reason = self.create(), trainer.current_epoch, _reason(trainer)
+        folder, reason = self.create(), _reason(trainer)
         if trainer.is_global_zero:
+            done = self.rows[-1]["epoch"] if self.rows else 0
             if not self.started:  # nothing was left to train, so no epoch has saved the settings
                 write_atomic(folder / runs.CONFIG, self.config.encode())
             write_atomic(folder / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())

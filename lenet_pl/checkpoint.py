@@ -19,7 +19,7 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.errors import CheckpointError
+from lenet_pl.errors import CheckpointError, Failure
 
 # What Lightning writes for any module that saves its hyperparameters.
 KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytorch-lightning_version": str}
@@ -37,9 +37,18 @@ class AtomicCheckpointIO(CheckpointIO):
         if storage_options is not None:
             raise TypeError(f"storage_options={storage_options!r}: expected None for a local file")
         runs.refuse_url(path)
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomic(Path(path), buffer.getvalue())
+        content = _saved(checkpoint)
+        # Values of callbacks and hyperparameters could make a file that would be refused when it is read.
+        small = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        try:
+            torch.load(io.BytesIO(_saved(small)), weights_only=True)
+        except pickle.UnpicklingError as error:
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            raise Failure(
+                f"{path}: a callback or a hyperparameter has a value of the kind {code[1] if code else 'unknown'}, "
+                "which no checkpoint may hold. Use plain numbers, strings, lists, dicts and tensors"
+            ) from error
+        write_atomic(Path(path), content)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -50,6 +59,12 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes the file ``path`` if there is one."""
         Path(path).unlink(missing_ok=True)
+
+
+def _saved(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -124,21 +139,36 @@ def _verified(file: IO[bytes]) -> io.BytesIO:
 EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
 
 
+def is_unfinished(trainer: Trainer) -> bool:
+    """Says whether a callback, such as a Timer, has ended the training within this epoch or before its first step.
+
+    Such an epoch does not count: a resumed run trains it again. ``max_steps`` may end a training within an epoch, too;
+    its last weights were asked for.
+    """
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return trainer.should_stop and (batches.current.ready == 0 or not batches.is_last_batch)
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Writes best.ckpt: the epoch with the highest ``val_acc``, and of equal ones the earliest."""
 
     def __init__(self) -> None:
         super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)
+        self.validated_step = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Notes which weights have the score."""
+        self.validated_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves if that was the best epoch. Before the first validation there is nothing to compare."""
-        if "val_acc" in trainer.callback_metrics:
+        """Saves if that was the best epoch, and if its last weights are those that were validated."""
+        if self.validated_step == trainer.global_step and not is_unfinished(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Takes over the score of best.ckpt, unless that is missing or of a later epoch than ``checkpoint``.
 
-        Otherwise the best epoch is found anew, because perhaps no later one beats the old score.
+        Otherwise the best epoch is found anew: beside the old score, a run could end without a best.ckpt.
         """
         states = checkpoint["callbacks"]
         states.pop(self.state_key, None)
@@ -166,3 +196,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename=Path(runs.LAST).stem, **EACH_EPOCH)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves, unless the epoch is unfinished: no run could resume from there."""
+        if not is_unfinished(trainer):
+            super().on_train_epoch_end(trainer, pl_module)

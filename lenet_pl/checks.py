@@ -24,7 +24,7 @@ ABOVE_0 = (
     "limit_test_batches",
     "limit_predict_batches",
 )
-# Options of the Trainer that change the result of a training of the same length.
+# Options of the Trainer that a finished run must share with the new command, if it is to be the same run.
 DECISIVE = (
     "trainer.precision",
     "trainer.devices",
@@ -45,7 +45,8 @@ def take_name(given: Namespace) -> str | None:
     name = given.get("name") or (Path(files[-1]).stem if files else None)
     if name is not None:
         fits = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) is not None and name.strip(" .") != ""
-        require(fits, f"name={name!r}", "1 to 100 characters for a folder in runs/, without slashes")
+        fits = fits and name == decoded(name)
+        require(fits, f"name={name!r}", "1 to 100 characters for a folder in runs/, in UTF-8 and without slashes")
     return name
 
 
@@ -114,7 +115,7 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
     was_cut_short = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # by max_steps
     if was_cut_short or epoch["processed"] < epoch["started"]:
         raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
-    done, most = checkpoint["epoch"] + 1, config.trainer.max_epochs
+    done, most = epoch["processed"], config.trainer.max_epochs
     least = done + (path.name != Path(runs.LAST).name)  # a finished run is scored again from its last.ckpt alone
     if most and most < least:
         raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least {least}")

@@ -99,11 +99,11 @@ class CLI(LightningCLI):
             given = configs.with_home_folders(given)
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
             self.name = checks.take_name(given)
-            stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path")))
+            stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path"), given.get("name")))
             for key in OBJECTS:
                 if key in given:
                     given[key] = configs.joined(stored.get(key), given[key])
-            # Only the options that were given, because YAML cannot express some defaults, such as a device.
+            # config.yaml gets them as the user gave them: jsonargparse adds defaults that YAML cannot hold.
             self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.config = parser.parse_object(given, stored)
         except (ArgumentError, TypeError, KeyError) as error:
@@ -114,21 +114,24 @@ class CLI(LightningCLI):
         if self.command == "fit" and self.path and not self.is_finished:
             checks.check_resume(self.config, self.path, self.checkpoint)
 
-    def _find_stored(self, word: str | None) -> dict[str, Any]:
+    def _find_stored(self, word: str | None, name: str | None) -> dict[str, Any]:
         """Finds and loads the checkpoint that the command starts from; returns its settings, or those of its run."""
         is_fit = self.command == "fit"
         if is_fit and word == "auto":
             self.resumed = next(iter(runs.all_runs(self.root, self.name or "lenet")), None)
-            if self.resumed and not (self.resumed / runs.LAST).is_file():  # stopped in its first epoch: it starts again
+            newest = runs.newest_checkpoint(self.resumed) if self.resumed else None
+            if self.resumed and not newest:  # it was stopped in its first epoch and starts again
                 return configs.of_run(self.resumed)
-            word = str(self.resumed / runs.LAST) if self.resumed else None
+            word = str(newest) if newest else None
         if is_fit and word is None:
             return {}
         if word is None:
-            word = "best" if self.name or runs.all_runs(self.root) else "pretrained"
+            word = "best" if name or runs.all_runs(self.root) else "pretrained"
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         self.resumed = runs.folder_of(self.path) if is_fit else None
+        if self.resumed and name not in (None, self.resumed.absolute().parent.name):
+            self.resumed = None  # a new run of that name begins from this checkpoint
         return configs.of_run(self.resumed) if self.resumed else configs.of_checkpoint(self.checkpoint)
 
     def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:

@@ -40,10 +40,11 @@ def fit(cli: CLI) -> None:
             if cli.trainer.global_step <= cli.checkpoint.get("global_step", 0):  # no step was taken
                 writer.discard()
     if not cli.trainer.checkpoint_callbacks:  # without checkpoints there is nothing to score
+        say(f"run folder: {one_line(folder)}")
         return
     path = runs.scored_checkpoint(folder)
     if path is None:
-        raise UsageError("there is no finished epoch to score; raise trainer.max_time or trainer.max_epochs")
+        raise Failure("the training ended before its first epoch was finished; if trainer.max_time is given, raise it")
     if cli.config.test:
         cli.path, cli.model = path, LitLeNet.of(checkpoint.load_ours(path, resume=False))
         report(cli)

@@ -26,7 +26,7 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, settings: Any, values: Any, option_string: str | None = None) -> None:
         """Adds the settings in a file; ``config`` in the settings lists the names of all files."""
         super().__call__(parser, settings, read(values), option_string)
-        settings[self.dest][-1] = values  # None until now, because a text has no name
+        settings[self.dest][-1] = values  # jsonargparse stores None for a text
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -70,9 +70,9 @@ def read(name: str) -> str:
 
 def _find(name: str) -> Path:
     path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
-    if path.exists():
-        return path
     recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
+    if path.is_file() or (path.exists() and name not in recipes):
+        return path
     if name.removesuffix(".yaml") in recipes:
         return recipes[name.removesuffix(".yaml")]
     known = {recipe: recipe for recipe in recipes} | {file.stem: str(file) for file in path.parent.glob("*.yaml")}
@@ -102,17 +102,21 @@ def joined(stored: Any, given: Any) -> Any:
 
 def of_run(folder: Path) -> dict[str, Any]:
     """Returns the settings in the config.yaml of a run folder."""
-    return dict(yaml.safe_load(read(str(folder / CONFIG))))
+    settings = dict(yaml.safe_load(read(str(folder / CONFIG))))
+    return settings | {"data": _with_data_here(settings.get("data", {}))}
 
 
 def of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
-    data = dict(checkpoint["datamodule_hyper_parameters"])
-    if not Path(data.get("data_dir", "")).is_dir():  # the checkpoint comes from another machine
-        data.pop("data_dir", None)
     return {
         "model": checkpoint["hyper_parameters"],
-        "data": data,
+        "data": _with_data_here(checkpoint["datamodule_hyper_parameters"]),
         "seed_everything": checkpoint["seed"] % 2**32,
         "trainer": {"precision": checkpoint.get("precision")},
     }
+
+
+def _with_data_here(data: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out a ``data_dir`` that is not there: the settings come from another machine."""
+    is_there = Path(data.get("data_dir", "")).is_dir()
+    return {name: value for name, value in data.items() if name != "data_dir" or is_there}

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 # What jsonargparse expected, in its own words, and plain words for it.
 _EXPECTED = re.compile(r"Expected an? (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]|(dot import path))")
-# How the reasons begin that say only which types an option has.
+# Reasons that begin like this only name a type. Others say more.
 _GENERAL = ("Expected a", "Not a valid subclass", "a class path", "a dict ")
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 _TYPES |= {"list": "a list", "Iterable": "a list", "dot import path": "a class such as package.module.Class"}

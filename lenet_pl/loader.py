@@ -140,8 +140,8 @@ class EvalLoader:
     def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1) -> None:
         self.images, self.labels = images[rank::world], labels[rank::world]
         self.mean, self.std = mean, std
-        # The same in all processes, which exchange the statistics of batch normalisation before each batch. A share
-        # may be empty.
+        # Every process takes equally many batches, because synchronised batch normalisation waits for all of them. A
+        # share may be empty.
         self.batches = ceil(max(len(labels) // world, 1) / EVAL_BATCH_SIZE)
 
     def __len__(self) -> int:

@@ -104,11 +104,14 @@ class LitLeNet(LightningModule):
         if stage == "fit":
             self.seed = training_seed(self.trainer)
             blocks.switch(self, on=False)  # a training that failed may have left them on
+            self.trainer.optimizers = []  # those of the trainer's training before
+            for metric in self.metrics.values():
+                metric.reset()  # a validation before has made tensors that cannot be trained with
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
         return Adam(
-            self.net.parameters(),
+            self.parameters(),
             lr=self.hparams["lr"],
             weight_decay=self.hparams["weight_decay"],
             decoupled_weight_decay=True,
@@ -116,26 +119,34 @@ class LitLeNet(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Fixes the length of the schedule, and compiles the net if that is asked for.
+        """Checks that the training can go to its end, and compiles the net if that is asked for.
 
         Raises:
             UsageError: If ``one_cycle`` has no end, or batch normalisation would get a single image.
         """
+        self.random_state = torch.get_rng_state()
         loader: Any = self.trainer.train_dataloader
         if self.hparams["batch_norm"] and isinstance(loader, TrainLoader):
             fits = loader.batch_size > 1 and loader.share % loader.batch_size != 1
             reason = "another size, because batch normalisation cannot take the single image of the last mini-batch"
             require(fits, f"data.batch_size={loader.batch_size}", reason)
-        self.total_steps = blocks.total_steps(self.trainer)
         in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
         if self.hparams["compile"] and not in_graph:  # there graph.py compiles the whole step
             self.net.compile()
-        ends = self.hparams["schedule"] == "constant" or self.total_steps < float("inf")
+        ends = self.hparams["schedule"] == "constant" or blocks.total_steps(self.trainer) < float("inf")
         require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
 
     def on_train_epoch_start(self) -> None:
-        """Seeds dropout by the epoch, so that a resumed epoch draws the masks of an undisturbed one."""
+        """Seeds dropout by the epoch, so that a resumed epoch draws the masks of an undisturbed one.
+
+        The length of the schedule is set anew, because a callback may have changed the size of a batch.
+        """
+        self.total_steps = blocks.total_steps(self.trainer)
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))
+
+    def on_train_end(self) -> None:
+        """Gives the random numbers back, so that a second training in this process begins with other weights."""
+        torch.set_rng_state(self.random_state)
 
     def teardown(self, stage: str) -> None:
         """Restores automatic optimization where ``blocks.prepare`` has replaced it for this training."""
@@ -176,7 +187,7 @@ class LitLeNet(LightningModule):
 
     def _logits_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        logits: Tensor = self.net(images)
+        logits: Tensor = self(images)
         return logits, F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -38,7 +38,8 @@ def stopping() -> Iterator[None]:
             signal.signal(again, signal.SIG_DFL)
         raise Stopped(*codes[signal.Signals(signum)])
 
-    before = {signum: signal.signal(signum, stop) for signum in codes}
+    wanted = [signum for signum in codes if signal.getsignal(signum) != signal.SIG_IGN]  # as under nohup
+    before = {signum: signal.signal(signum, stop) for signum in wanted}
     try:
         yield
     finally:

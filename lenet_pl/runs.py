@@ -8,6 +8,7 @@ import csv
 import difflib
 import glob
 import io
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lenet_pl.atomic import write_atomic
-from lenet_pl.errors import CheckpointError
+from lenet_pl.errors import CheckpointError, require, shorten
 
 CONFIG = "config.yaml"  # every setting of the run
 RESULTS = "results.csv"  # a row for each epoch
@@ -69,7 +70,8 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
     """
     found = []
     for folder in root.glob(f"{glob.escape(name) if name else '*'}/version_*"):
-        written = [path.stat().st_mtime_ns for path in map(folder.joinpath, (CONFIG, BEST, LAST)) if path.is_file()]
+        files = filter(os.path.isfile, (folder / CONFIG, folder / BEST, folder / LAST))  # no error without permission
+        written = [path.stat().st_mtime_ns for path in files]
         if written and version(folder) >= 0:
             found.append((max(written), version(folder), folder))
     return [folder for *_, folder in sorted(found, reverse=True)]
@@ -77,7 +79,7 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 
 def folder_of(ckpt_path: Path) -> Path | None:
     """Returns the run folder in which a checkpoint lies, or None."""
-    # A relative path stays one, because it is shorter in messages, unless it begins within the run folder.
+    # A relative path is shorter in messages. One from within the run folder has too few parts, so it becomes absolute.
     is_inside = not ckpt_path.parent.parent.name
     parent = ckpt_path.absolute().parent if is_inside else ckpt_path.parent
     is_run = parent.name == CHECKPOINTS and (parent.parent / CONFIG).is_file()
@@ -91,7 +93,12 @@ def beside(ckpt_path: Path) -> Path:
 
 def scored_checkpoint(folder: Path) -> Path | None:
     """Returns the checkpoint by which a run is scored: the best, or without validation the last, or None."""
-    return next(filter(Path.is_file, (folder / BEST, folder / LAST)), None)
+    return next(filter(os.path.isfile, (folder / BEST, folder / LAST)), None)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the checkpoint from which a run resumes: the last, or if that is lost the best, or None."""
+    return next(filter(os.path.isfile, (folder / LAST, folder / BEST)), None)
 
 
 def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -> Path:
@@ -142,12 +149,20 @@ def refuse_url(path: str | Path) -> None:
 
 
 def read_results(folder: Path) -> list[dict[str, str]]:
-    """Returns the rows of results.csv, except for a last row that a crash cut short."""
+    """Returns the rows of results.csv, except for a last row that a crash cut short.
+
+    Raises:
+        UsageError: If somebody has changed its columns.
+    """
     path = folder / RESULTS
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row.get("seconds")]
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel adds a byte order mark
+        reader = csv.DictReader(file)
+        expected = ",".join(COLUMNS)
+        found = ",".join(reader.fieldnames or COLUMNS)
+        require(found == expected, f"the first line of {path} is {shorten(found, 80)!r}", f"{expected!r}")
+        return [row for row in reader if row["seconds"]]
 
 
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -24,8 +24,8 @@ MOST_THREADS = 4
 def set_threads(threads: int | None, devices: str) -> int:
     """Sets the number of threads of this process, and of those that Lightning starts; returns it.
 
-    None stands for a number that suits the machine. Of ``devices``, the Trainer's option, several may be CPU processes:
-    each gets its share of the cores.
+    None stands for a number that suits the machine. Where ``devices``, the Trainer's option, asks for several CPU
+    processes, each gets its share of the cores.
     """
     processes = int(devices) if devices.isdecimal() else 1
     is_given = threads is not None

@@ -71,12 +71,14 @@ class Plan:
 
     def __init__(self, args: argparse.Namespace, rest: list[str]) -> None:
         self.args = args
-        self.recipe = Path(args.config).stem
+        self.recipe = Path(args.config[-1]).stem
         self.runs = Path(args.root) / "runs"
         self.metric = "test_acc" if args.final else "val_acc"
-        self.storage = args.storage or f"sqlite:///{self.runs / 'trials.db'}?timeout=60"
+        local = sqlalchemy.URL.create("sqlite", database=str(self.runs / "trials.db"), query={"timeout": "60"})
+        self.storage = args.storage or local.render_as_string()
         self.engine = sqlalchemy.create_engine(self.storage)
-        self.fit = [*FIT, "--config", args.config, "--threads", "1", *rest, "--trainer.default_root_dir", args.root]
+        configs = [f"--config={config}" for config in args.config]
+        self.fit = [*FIT, *configs, "--threads=1", *rest, f"--trainer.default_root_dir={args.root}"]
         # The settings that differ, and their values: {"model.dropout": "0,0.05"}
         self.space = {name: values for name, _, values in (item.partition("=") for item in args.grid or args.search)}
         self.settings = self._ask_fit()  # those that all trials share
@@ -85,7 +87,7 @@ class Plan:
         self.images = 10_000 if args.final else self.settings["data.val_size"]
         if not self.images:
             remedy = "add --data.val_size 10000, or --final if it is chosen and the test images shall score it"
-            raise UsageError(f"{args.config} has no validation images to compare trials by: {remedy}")
+            raise UsageError(f"{self.recipe} has no validation images to compare trials by: {remedy}")
         self.jobs: dict[str, tuple[dict[str, str], int]] = {}  # settings and seed of a trial by its name in the queue
         if args.search:
             self.jobs = {f"trial {k}": ({}, 0) for k in range(args.trials)}
@@ -349,7 +351,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("--config", required=True, help="the recipe")
+    add("--config", required=True, action="append", help="the recipe; of several the later one wins")
     add("--seeds", type=int, default=5, help="of each settings: 0, 1, … (default 5)")
     add("--grid", nargs="+", default=[], metavar="NAME=A,B", help="trains all combinations")
     add("--search", nargs="+", default=[], metavar="NAME=LOW..HIGH[:log]", help="draws the settings; seed 0")
@@ -360,6 +362,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--heartbeat", type=int, default=10, help="seconds; silent for 6 of them is dead (default 10)")
     add("--trainer.default_root_dir", dest="root", default=".", help="where runs/ lies (default .)")
     args, rest = parser.parse_known_args()
+    args.root = os.path.expanduser(args.root)  # noqa: PTH111 (Path.expanduser raises for an unknown user)
     if sum(map(bool, (args.grid, args.search, args.final))) > 1:
         parser.error("--grid, --search and --final exclude each other: the test images are for what is chosen")
     if ".." in "".join(args.grid):

@@ -156,7 +156,6 @@ WRONG_USE = [
     *((f"fit --trainer.max_epochs {n}", f"trainer.max_epochs={n}", "above 0") for n in (0, -1, -5)),
     ("fit --trainer.max_steps 0", "trainer.max_steps=0", "above 0"),
     ("fit --trainer.max_time 1h", "1h", "DD:HH:MM:SS"),
-    ("fit --config lenet.yaml --trainer.max_time 00:00:00:00", "raise trainer.max_time"),
     ("fit --trainer.limit_train_batches 0", "trainer.limit_train_batches=0", "above 0"),
     ("fit --trainer.limit_train_batches 1.5", "1.5 for limit_train_batches", "[0.0, 1.0] or an int"),
     ("test --trainer.limit_test_batches 0", "trainer.limit_test_batches=0", "above 0"),

@@ -40,11 +40,11 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
         raise UsageError(f"output={one_line(folder)}: expected a folder, found a file")
     predictions = _predictions(data, probabilities)
     classified = [i for i, prediction in enumerate(predictions) if not prediction.error]
+    print(_table(predictions[:SHOWN]))
     write_atomic(folder / "predictions.csv", _csv(predictions).encode())
     if classified:
         rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
         write_atomic(folder / "predictions.png", plots.png(plots.predictions(rows)))
-    print(_table(predictions[:SHOWN]))
     rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
     print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
     print(f"all: {one_line(folder / 'predictions.csv')}")
