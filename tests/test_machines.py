@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +14,10 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, same, weights
+from lightning.pytorch import Trainer
+from PIL import Image
 
-from lenet_pl import commands, process
+from lenet_pl import FashionMNISTDataModule, LitLeNet, commands, process
 from lenet_pl.callbacks import RunFolder
 from lenet_pl.names import quoted
 from lenet_pl.trainer import set_threads
@@ -31,6 +34,14 @@ def rows(folder):
 
 
 # Notebooks
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["nonsense", "ipympl"])
+def test_any_backend_that_the_environment_names(workdir, backend):
+    env = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "lenet_pl", "test", "--help"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.long
@@ -247,7 +258,117 @@ def test_a_recipe_named_on_resume_means_its_own_newest_run(cli):
     assert "checkpoint: runs/b/version_0/checkpoints/best.ckpt" in out
 
 
+def test_a_path_with_another_name_begins_a_run_of_that_name(cli):
+    assert cli("fit", *TINY, "--name", "a", "--trainer.max_epochs", 2)[0] == 0
+    folder = Path("runs/a/version_0")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    last = folder / "checkpoints/last.ckpt"
+    code, out, err = cli("fit", "--ckpt_path", last, "--name", "b", "--trainer.max_epochs", 3)
+    assert (code, err) == (0, "")
+    assert "run folder: runs/b/version_0" in out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [row["epoch"] for row in rows(Path("runs/b/version_0"))] == ["3"]
+    assert cli("fit", "--ckpt_path", last, "--name", "a", "--trainer.max_epochs", 3)[0] == 0
+    assert len(rows(folder)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "is_fine"),
+    [
+        (lambda text: "\ufeff" + text.replace("\n", "\r\n"), True),
+        (lambda text: text.replace(",", ";"), False),
+        (lambda text: text.replace("seconds", "seconds,note"), False),
+    ],
+)
+def test_results_that_a_spreadsheet_has_saved(cli, change, is_fine):
+    assert cli("fit", *TINY)[0] == 0
+    path = RUN / "results.csv"
+    path.write_bytes(change(path.read_text()).encode())
+    before = path.read_bytes()
+    code, _, err = cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    if is_fine:
+        assert (code, err) == (0, "")
+        assert len(rows(RUN)) == 2
+    else:
+        assert code == 2
+        assert f"the first line of {path} is " in err
+        assert path.read_bytes() == before
+
+
+def test_a_training_does_not_mind_what_happens_to_its_rows(cli, monkeypatch):
+    real = RunFolder.on_train_epoch_start
+
+    def edit(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            (self.create() / "results.csv").write_text("\ufeffopened in a spreadsheet")
+        real(self, trainer, pl_module)
+
+    monkeypatch.setattr(RunFolder, "on_train_epoch_start", edit)
+    code, _, err = cli("fit", *TINY, "--trainer.max_epochs", 2)
+    assert (code, err) == (0, "")
+    assert len(rows(RUN)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")  # our callbacks did not make it
+def test_a_checkpoint_that_was_saved_after_the_training(cli):
+    trainer = Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.fit(LitLeNet(), FashionMNISTDataModule(batch_size=8, val_size=60))
+    trainer.save_checkpoint("end.ckpt")
+    code, _, err = cli("fit", "--ckpt_path", "end.ckpt", "--trainer.max_epochs", 3)
+    assert (code, err) == (0, "")
+    assert [row["epoch"] for row in rows(RUN)] == ["3"]
+
+
+def test_a_run_that_has_lost_its_last_checkpoint_goes_on_from_the_best(cli):
+    command = ("fit", *TINY, "--ckpt_path", "auto")
+    assert cli(*command)[0] == 0
+    (RUN / "checkpoints/last.ckpt").unlink()
+    assert cli(*command, "--trainer.max_epochs", 2)[0] == 0
+    assert len(rows(RUN)) == 2
+
+
+def test_a_data_folder_that_is_gone(cli, tiny):
+    Path("mine").symlink_to(tiny[0])
+    assert cli("fit", *TINY, "--data.data_dir", "mine")[0] == 0
+    Path("mine").unlink()
+    code, _, err = cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert (code, err) == (0, "")
+    assert not Path("mine").exists()
+
+
+def test_a_folder_named_like_a_recipe(cli):
+    Path("fast").mkdir()
+    code, _, err = cli("fit", "--config", "fast", *TINY, "--trainer.check_val_every_n_epoch", 1)
+    assert (code, err) == (0, "")
+    assert Path("runs/fast/version_0").is_dir()
+
+
+def test_pictures_with_settings_in_a_file_before_any_training(cli):
+    Image.new("L", (28, 28)).save("a.png")
+    Path("mine.yaml").write_text("data: {images: a.png}\n")
+    code, out, err = cli("predict", "--config", "mine.yaml")
+    assert (code, err) == (0, "")
+    assert "pretrained.ckpt" in out.splitlines()[0]
+
+
 # Signals and names
+
+
+def test_a_signal_that_the_parent_ignores_is_ignored(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a job in the background of a script
+    try:
+        with process.stopping():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems know no such names")
+def test_a_name_that_is_no_utf_8_is_refused(cli):
+    code, _, err = cli("fit", *TINY, "--name", os.fsdecode(b"\xff"))
+    assert code == 2
+    assert "in UTF-8" in err
 
 
 def test_ctrl_c_while_the_libraries_are_imported(workdir):

@@ -42,6 +42,7 @@ rows = folder / "results.csv"
 if not rows.exists():
     rows.write_text("epoch,step,lr,train_loss,train_acc,val_loss,val_acc,seconds\\n")
 done = len(rows.read_text().splitlines()) - 1
+print(*sys.argv[1:])
 print("begins after epoch", done, flush=True)
 for epoch in range(done + 1, epochs + 1):
     time.sleep(pace)
@@ -163,6 +164,27 @@ def test_settings_are_never_mixed(finish, tmp_path):
     grid = finish("--grid", "model.dropout=0.5", "--seeds", 1)
     assert finish("--grid", "model.dropout=0.5,0.2", "--seeds", 1)["study"] != grid["study"]
     assert sorted(map(len, starts(tmp_path).values())) == [1, 1, 1, 2]  # fit says at once that it is finished
+
+
+@pytest.mark.long
+def test_several_config_files_and_an_odd_root(start, tmp_path):
+    root = tmp_path / "a b#c?d%20"
+    process = start("--seeds", 1, "--config", "b.yaml", f"--trainer.default_root_dir={root}")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out.splitlines()[-1])["study"].startswith("b-")
+    assert {path.name for path in tmp_path.iterdir()} == {root.name, "stub.py"}
+    assert (root / "runs/trials.db").is_file()
+    (log,) = root.glob("runs/b-*/fit.log")
+    assert "--config=lenet.yaml --config=b.yaml" in log.read_text()
+
+
+@pytest.mark.long
+def test_a_root_in_the_home_folder(start, tmp_path):
+    process = start("--seeds", 1, "--trainer.default_root_dir=~/x", env=os.environ | {"HOME": str(tmp_path)})
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert (tmp_path / "x/runs/trials.db").is_file()
 
 
 @pytest.mark.long
