@@ -15,7 +15,6 @@ import torch
 import yaml
 from conftest import ROOT, same, weights
 from lightning.pytorch import Trainer
-from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet, commands, process
 from lenet_pl.callbacks import RunFolder
@@ -341,14 +340,6 @@ def test_a_folder_named_like_a_recipe(cli):
     code, _, err = cli("fit", "--config", "fast", *TINY, "--trainer.check_val_every_n_epoch", 1)
     assert (code, err) == (0, "")
     assert Path("runs/fast/version_0").is_dir()
-
-
-def test_pictures_with_settings_in_a_file_before_any_training(cli):
-    Image.new("L", (28, 28)).save("a.png")
-    Path("mine.yaml").write_text("data: {images: a.png}\n")
-    code, out, err = cli("predict", "--config", "mine.yaml")
-    assert (code, err) == (0, "")
-    assert "pretrained.ckpt" in out.splitlines()[0]
 
 
 # Signals and names
