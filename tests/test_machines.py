@@ -169,14 +169,15 @@ def test_threads_belong_to_the_run(cli):
     assert yaml.safe_load((RUN / "config.yaml").read_text())["threads"] == 1
 
 
-@pytest.mark.parametrize(("available", "used"), [(1, 1), (3, 3), (64, 4)])
-def test_no_more_threads_than_gain_something(cli, available, used):
-    torch.set_num_threads(available)
+def test_no_more_threads_than_gain_something(cli):
+    torch.set_num_threads(64)
     assert cli("fit", *TINY, "--test", "false")[0] == 0
-    assert yaml.safe_load((RUN / "config.yaml").read_text())["threads"] == used
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["threads"] == 4
 
 
-@pytest.mark.parametrize(("cores", "processes", "used"), [(16, 2, 4), (16, 8, 2), (6, 2, 3), (2, 4, 1), (64, 1, 4)])
+@pytest.mark.parametrize(
+    ("cores", "processes", "used"), [(16, 2, 4), (16, 8, 2), (6, 2, 3), (2, 4, 1), (3, 1, 3), (1, 1, 1)]
+)
 def test_every_process_gets_the_same_share_of_the_cores(monkeypatch, cores, processes, used):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is restored
     monkeypatch.delenv("OMP_NUM_THREADS")

@@ -304,13 +304,15 @@ def check_message(err, *needles):
         assert needle in err, err
 
 
-def rows(table):
-    for row in table:
+def rows(table, quick=1):
+    """Turns the rows of a table into cases. One of ``quick`` belongs to the fast suite; the others are long proofs."""
+    for number, row in enumerate(table):
         command, *needles = getattr(row, "values", row)
-        yield pytest.param(command, needles, marks=getattr(row, "marks", ()), id=command[:60])
+        marks = [*getattr(row, "marks", ()), *([pytest.mark.long] if number % quick else [])]
+        yield pytest.param(command, needles, marks=marks, id=command[:60])
 
 
-@pytest.mark.parametrize(("command", "needles"), list(rows(WRONG_USE)))
+@pytest.mark.parametrize(("command", "needles"), list(rows(WRONG_USE, quick=2)))
 def test_wrong_use(cli, here, command, needles):
     before = files(here)
     code, _, err = cli(*command.split(" "))

@@ -226,7 +226,7 @@ class Stop(Callback):
         trainer.should_stop |= trainer.current_epoch == 1 and batch_idx + 1 == self.step
 
 
-@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.long), 4])
 def test_an_epoch_that_a_callback_cuts_short_does_not_count(cli, step):
     flags = ("--trainer.callbacks+=test_own_pieces.Stop", f"--trainer.callbacks.step={step}")
     code, out, err = cli("fit", *TINY, *flags, "--trainer.max_epochs", 3)

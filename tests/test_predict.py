@@ -193,6 +193,7 @@ def test_its_own_pictures_are_not_classified_the_next_time(trained, workdir):
     assert [row["file"] for row in rows() if "data" not in row["file"]] == ["mine.png"]
 
 
+@pytest.mark.long
 def test_pictures_are_drawn_without_pyplot(tmp_path):
     """A notebook's MPLBACKEND names a module that may be missing here."""
     code = "import sys, matplotlib.figure, pathlib; from lenet_pl.apps import plots\n"

@@ -269,6 +269,7 @@ def test_the_article_table_without_results():
     assert rows["scored epoch"][1] == "2"
 
 
+@pytest.mark.long
 def test_a_path_is_shown_whatever_its_bytes(ckpt, place):
     folder = place / os.fsdecode(b"a\xff\n $[/b]")
     folder.mkdir(parents=True)
@@ -276,6 +277,7 @@ def test_a_path_is_shown_whatever_its_bytes(ckpt, place):
     assert r"a\xff\n $[/b]/best.ckpt</code>, epoch" in text
 
 
+@pytest.mark.long
 def test_a_net_without_mistakes(ckpt, place, monkeypatch):
     model, data = load(ckpt)
     data.setup("test")

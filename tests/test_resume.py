@@ -271,7 +271,8 @@ def test_a_training_of_fewer_steps_than_the_checkpoint_is_refused(cli):
     assert f"trainer.max_steps={STEPS}: {LAST} has finished step {EPOCHS * STEPS}; expected at least that" in err
 
 
-@pytest.mark.parametrize(("k", "size"), [(1, 8), *(pytest.param(*case, marks=long) for case in ((50, 8), (7, 16)))])
+@long
+@pytest.mark.parametrize(("k", "size"), [(1, 8), (50, 8), (7, 16)])
 def test_blocks_and_batch_size_may_change_between_a_stop_and_a_resume(cli, k, size):
     """The stop itself has no influence: an undisturbed run with the same change gives the same result."""
     first = ["fit", *SMALL, "--data.steps_per_execution", "50" if k == 1 else "1"]

@@ -316,6 +316,7 @@ def test_a_failed_trial(start, finish, tmp_path):
     assert [row["settings"] for row in json.loads(out.splitlines()[-1])["table"]] == [{"model.lr": "0.1"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
