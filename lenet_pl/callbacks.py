@@ -145,9 +145,10 @@ class RunFolder(Callback):
 
     def finish(self, trainer: Trainer) -> Path:
         """Writes why the training ended, prints it if that was early, and returns the run folder."""
-        folder, reason = self.create(), _reason(trainer)
+        folder = self.create()
         if trainer.is_global_zero:
-            done = self.rows[-1]["epoch"] if self.rows else 0
+            done = int(self.rows[-1]["epoch"]) if self.rows else 0
+            reason = _reason(trainer, done)
             if not self.started:  # nothing was left to train, so no epoch has saved the settings
                 write_atomic(folder / runs.CONFIG, self.config.encode())
             write_atomic(folder / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
@@ -156,11 +157,11 @@ class RunFolder(Callback):
         return folder
 
 
-def _reason(trainer: Trainer) -> str | None:
-    """Returns why a training ended before ``max_epochs``, or None if it did not."""
+def _reason(trainer: Trainer, done: int) -> str | None:
+    """Returns why a training ended before ``max_epochs``, or None if so many epochs are ``done``."""
     if 0 < trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps={trainer.max_steps} is reached"
-    if trainer.current_epoch >= (trainer.max_epochs or 0) > 0:
+    if done >= (trainer.max_epochs or 0) > 0:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
