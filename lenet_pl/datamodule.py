@@ -91,17 +91,9 @@ class FashionMNISTDataModule(LightningDataModule):
             download.ensure(self.data_dir)
 
     def setup(self, stage: str) -> None:
-        """Reads the images that the stage needs: for training and validation, or for the test.
-
-        For ``fit`` it also takes the training seed.
-
-        Raises:
-            UsageError: If ``val_size`` leaves no image to train on.
-        """
+        """Reads the images that the stage needs, and takes the seed of a training."""
         if stage in ("fit", "validate") and not hasattr(self, "train_set"):
             images, labels = self._read(train=True)
-            expected = f"fewer than the {len(labels)} training images"
-            require(self.val_size < len(labels), f"data.val_size={self.val_size}", expected)
             order = torch.randperm(len(labels), generator=generator(self.split_seed))
             train, val = order[self.val_size :], order[: self.val_size]
             self.train_set, self.val_set = (images[train], labels[train]), (images[val], labels[val])

@@ -47,7 +47,7 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
             else:
                 found.setdefault(file.absolute(), file)
     kinds = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common(6))
-    summary = f"files that are not read: {reasons.total():,} ({kinds})"
+    summary = f"files that are not read: {reasons.total():,} ({kinds})" if reasons else "there are no files"
     if not found:
         where = ", ".join(map(one_line, names))
         raise ValueError(f"{where}: no pictures there; expected files named {' '.join(sorted(SUFFIXES))}; {summary}")
