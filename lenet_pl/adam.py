@@ -35,14 +35,11 @@ def step(optimizer: Adam, loss: Tensor) -> None:
     The optimizer is one that :func:`is_ready` accepts. ``grad`` of the parameters is left alone.
     """
     group = optimizer.param_groups[0]
-    parameters, gradients = [], []
-    found = torch.autograd.grad(loss, group["params"], allow_unused=True)
-    for parameter, gradient in zip(group["params"], found, strict=True):
-        if gradient is None:  # this step has not used the parameter
-            continue
+    parameters = group["params"]
+    gradients = []
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         if gradient.stride() != parameter.stride():  # fused Adam reads both as they lie in memory
             gradient = torch.empty_like(parameter).copy_(gradient)
-        parameters.append(parameter)
         gradients.append(gradient)
     states = [optimizer.state[parameter] for parameter in parameters]
     beta1, beta2 = group["betas"]

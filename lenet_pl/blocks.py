@@ -22,6 +22,7 @@ most of them are needed for three reasons, each with the number of Lightning's i
 
 import inspect
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from lenet_pl.graph import BlockGraph
 _STEP_HOOKS = (
     "backward",
     "configure_gradient_clipping",
+    "forward",
     "lr_scheduler_step",
     "on_after",
     "on_before",
@@ -153,14 +155,15 @@ def _ignores_steps(callback: Callback) -> bool:
 
 def total_steps(trainer: Trainer) -> float:
     """Returns the optimizer steps of the whole training, or infinity where nothing but time ends it."""
-    loader: Any = trainer.train_dataloader
-    total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 1
-    if trainer.max_steps != -1 or total == float("inf"):
-        return total
-    runs_blocks = getattr(trainer.lightning_module, "runs_blocks", False)
-    steps = loader.steps if runs_blocks else total // epochs  # Lightning would count blocks
+    most = float("inf") if trainer.max_steps == -1 else trainer.max_steps
+    if trainer.max_epochs == -1 or trainer.num_training_batches == float("inf"):
+        return most
+    steps = ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    if getattr(trainer.lightning_module, "runs_blocks", False):
+        loader: Any = trainer.train_dataloader
+        steps = loader.steps  # Lightning counts blocks
     # The epochs before a resume may have had more or fewer steps, because the size of a batch may change.
-    return trainer.global_step + steps * (epochs - trainer.current_epoch)
+    return min(most, trainer.global_step + steps * ((trainer.max_epochs or 1) - trainer.current_epoch))
 
 
 def run(

@@ -32,6 +32,7 @@ class RunFolder(Callback):
     fastest = math.inf  # seconds of the fastest epoch
     warned = False
     validated_step = -1
+    finished = 0  # epochs
 
     def __post_init__(self) -> None:
         self.path = self.resumed  # of a new run None until ``create``
@@ -65,15 +66,19 @@ class RunFolder(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Lets the patience and the folder that a callback of Lightning has now win over those in its state."""
+        self.finished = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         changed: list[Any] = [(callback, "patience") for callback in trainer.early_stopping_callbacks]
         changed += [(callback, "dirpath") for callback in trainer.checkpoint_callbacks]  # the run may have been moved
         for callback, name in changed:
             state = checkpoint["callbacks"].get(callback.state_key, {})
-            if name in state:
+            if name in state and hasattr(callback, name):
                 state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Ends a training at once that resumes where the patience of EarlyStopping was at its end."""
+        checks_epochs = trainer.check_val_every_n_epoch and trainer.enable_validation and trainer.is_global_zero
+        if checks_epochs and trainer.num_training_batches % (trainer.val_check_batch or 1):
+            print("val_check_interval: the last weights of an epoch are not validated, so there is no best.ckpt")
         for callback in trainer.early_stopping_callbacks:
             is_stock = type(callback) is EarlyStopping  # a derived class may have gone on all the same
             if is_stock and callback.wait_count >= max(1, callback.patience):
@@ -86,10 +91,11 @@ class RunFolder(Callback):
         is_first = not self.started
         self.started = time.perf_counter()
         if is_first and self.resumed and trainer.is_global_zero:  # no check of on_train_start has refused
-            self._resume(self.resumed, trainer.current_epoch)
+            self._resume(self.resumed)
 
-    def _resume(self, folder: Path, finished: int) -> None:
-        """Saves the settings with which a run resumes, and drops what is newer than its ``finished`` epochs."""
+    def _resume(self, folder: Path) -> None:
+        """Saves the settings with which a run resumes, and drops what is newer than its finished epochs."""
+        self.rows = [row for row in self.rows if int(float(row["epoch"])) <= self.finished]
         write_atomic(folder / runs.CONFIG, self.config.encode())
         for outdated in (runs.FINISHED, runs.SCORE, runs.REPORT):
             (folder / outdated).unlink(missing_ok=True)
@@ -97,7 +103,6 @@ class RunFolder(Callback):
             half.unlink(missing_ok=True)
         if self.ckpt_path:  # if this training is stopped before its next checkpoint, last.ckpt must mean this one
             write_atomic(folder / runs.LAST, self.ckpt_path.read_bytes())
-        self.rows = [row for row in self.rows if int(row["epoch"]) <= finished]
         runs.write_results(folder, self.rows)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -110,8 +115,6 @@ class RunFolder(Callback):
         Raises:
             Failure: If the training diverged. The checkpoints of earlier epochs stay.
         """
-        if is_unfinished(trainer):
-            return
         epoch, seconds = trainer.current_epoch + 1, round(time.perf_counter() - self.started, 3)
         metrics = rounded_metrics(trainer)
         row: dict[str, Any] = {name: metrics.get(name, "") for name in runs.COLUMNS}
@@ -126,6 +129,9 @@ class RunFolder(Callback):
                     f"{name} is NaN or infinite in epoch {epoch}: the training diverged at lr "
                     f"{pl_module.hparams['lr']}. Try a smaller --model.lr. Checkpoints of finished epochs are intact."
                 )
+        if is_unfinished(trainer):
+            return
+        self.finished = epoch
         if not trainer.is_global_zero:
             return
         self.rows.append(row)
@@ -145,13 +151,13 @@ class RunFolder(Callback):
 
     def finish(self, trainer: Trainer) -> Path:
         """Writes why the training ended, prints it if that was early, and returns the run folder."""
-        folder = self.create()
+        folder, done = self.create(), self.finished
+        reason = _reason(trainer, done)
         if trainer.is_global_zero:
-            done = int(self.rows[-1]["epoch"]) if self.rows else 0
-            reason = _reason(trainer, done)
             if not self.started:  # nothing was left to train, so no epoch has saved the settings
                 write_atomic(folder / runs.CONFIG, self.config.encode())
-            write_atomic(folder / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
+            if done:  # otherwise ``auto`` begins it again
+                write_atomic(folder / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
             if reason:
                 print(f"The training ended after epoch {done}: {reason}")
         return folder

@@ -37,16 +37,16 @@ class AtomicCheckpointIO(CheckpointIO):
         if storage_options is not None:
             raise TypeError(f"storage_options={storage_options!r}: expected None for a local file")
         runs.refuse_url(path)
-        content = _saved(checkpoint)
-        # Values of callbacks and hyperparameters could make a file that would be refused when it is read.
-        small = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        try:
-            torch.load(io.BytesIO(_saved(small)), weights_only=True)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        content = buffer.getvalue()
+        try:  # the state of a callback could make a file that would be refused when it is read
+            torch.load(io.BytesIO(content), weights_only=True)
         except pickle.UnpicklingError as error:
             code = re.search(r"GLOBAL (\S+)", str(error))
             raise Failure(
-                f"{path}: a callback or a hyperparameter has a value of the kind {code[1] if code else 'unknown'}, "
-                "which no checkpoint may hold. Use plain numbers, strings, lists, dicts and tensors"
+                f"{path}: a callback, optimizer or hyperparameter has a value of the kind "
+                f"{code[1] if code else 'unknown'}, which no checkpoint may hold. Use plain numbers, texts and tensors"
             ) from error
         write_atomic(Path(path), content)
 
@@ -59,12 +59,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes the file ``path`` if there is one."""
         Path(path).unlink(missing_ok=True)
-
-
-def _saved(content: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -146,7 +140,8 @@ def is_unfinished(trainer: Trainer) -> bool:
     its last weights were asked for.
     """
     batches = trainer.fit_loop.epoch_loop.batch_progress
-    return trainer.should_stop and (batches.current.ready == 0 or not batches.is_last_batch)
+    is_asked_for = 0 < trainer.max_steps <= trainer.global_step
+    return trainer.should_stop and not is_asked_for and (batches.current.ready == 0 or not batches.is_last_batch)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -93,8 +93,8 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
     return True
 
 
-def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
-    """Refuses to resume from a checkpoint with settings that do not fit it."""
+def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resumed: Path | None) -> None:
+    """Refuses to resume from a checkpoint with settings that do not fit it. ``resumed`` is its run, or None."""
     for group, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
         for name in FIXED[group]:
             old, new = checkpoint[key].get(name), config[group][name]
@@ -116,7 +116,8 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> N
     if was_cut_short or epoch["processed"] < epoch["started"]:
         raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
     done, most = epoch["processed"], config.trainer.max_epochs
-    least = done + (path.name != Path(runs.LAST).name)  # a finished run is scored again from its last.ckpt alone
+    is_last = resumed is not None and path.name == Path(runs.LAST).name  # a finished run may be scored again
+    least = done if is_last else done + 1
     if most and most < least:
         raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least {least}")
     steps, most = checkpoint["global_step"], config.trainer.max_steps

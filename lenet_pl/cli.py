@@ -112,7 +112,7 @@ class CLI(LightningCLI):
         if self.resumed and self.config.ckpt_path == "auto":
             self.is_finished = checks.is_finished(self.resumed, parser.parse_object(stored), self.config)
         if self.command == "fit" and self.path and not self.is_finished:
-            checks.check_resume(self.config, self.path, self.checkpoint)
+            checks.check_resume(self.config, self.path, self.checkpoint, self.resumed)
 
     def _find_stored(self, word: str | None, name: str | None) -> dict[str, Any]:
         """Finds and loads the checkpoint that the command starts from; returns its settings, or those of its run."""
@@ -129,10 +129,10 @@ class CLI(LightningCLI):
             word = "best" if self.name or runs.all_runs(self.root) else "pretrained"
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
-        self.resumed = runs.folder_of(self.path) if is_fit else None
-        if self.resumed and name not in (None, self.resumed.absolute().parent.name):
-            self.resumed = None  # a new run of that name begins from this checkpoint
-        return configs.of_run(self.resumed) if self.resumed else configs.of_checkpoint(self.checkpoint)
+        folder = runs.folder_of(self.path) if is_fit else None
+        if folder and name in (None, folder.absolute().parent.name):  # otherwise a new run begins from this checkpoint
+            self.resumed = folder
+        return configs.of_run(folder) if folder else configs.of_checkpoint(self.checkpoint)
 
     def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:
         """Parses the settings of a checkpoint, without adding defaults."""

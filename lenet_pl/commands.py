@@ -44,7 +44,7 @@ def fit(cli: CLI) -> None:
         return
     path = runs.scored_checkpoint(folder)
     if path is None:
-        raise Failure("the training ended before its first epoch was finished; if trainer.max_time is given, raise it")
+        raise Failure("the training ended before its first epoch was finished, so there is nothing to score")
     if cli.config.test:
         cli.path, cli.model = path, LitLeNet.of(checkpoint.load_ours(path, resume=False))
         report(cli)

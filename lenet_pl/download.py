@@ -62,7 +62,7 @@ def ensure(data_dir: str | Path) -> Path:
         raise DataError(
             f"{error.filename or raw}: {error.strerror or error}.\n"
             "Remove what is in the way, correct its permissions, or free space (150 MB while data is fetched); "
-            "or name another data_dir."
+            "or name another data_dir, and in LENET_PL_DATA_SOURCE the folder with the files if you have them."
         ) from error
     return raw
 

@@ -94,8 +94,11 @@ class LitLeNet(LightningModule):
         return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``. In evaluation the net is folded."""
-        net = self.net if self.training or self.net.is_plain else fold(self.net)
+        """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``. Without gradients the net is folded.
+
+        In training it is not, even if the user has set it to evaluation mode to keep its statistics.
+        """
+        net = self.net if self.training or torch.is_grad_enabled() or self.net.is_plain else fold(self.net)
         logits: Tensor = net(images)
         return logits
 

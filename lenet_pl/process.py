@@ -22,7 +22,7 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Ends the process at once on Ctrl-C, SIGTERM and, under SLURM, SIGUSR1. A second signal ends it without a message.
+    """Ends the process at once on Ctrl-C, SIGTERM, SIGHUP and, under SLURM, SIGUSR1; a second one without a message.
 
     Nothing has to be saved, because a run resumes from its last finished epoch.
     """
@@ -30,8 +30,10 @@ def stopping() -> Iterator[None]:
         yield
         return
     codes = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
-    if sys.platform != "win32" and "SLURM_JOB_ID" in os.environ:
-        codes[signal.SIGUSR1] = ("SIGUSR1", 143)
+    if sys.platform != "win32":
+        codes[signal.SIGHUP] = ("SIGHUP", 129)  # the terminal was closed
+        if "SLURM_JOB_ID" in os.environ:
+            codes[signal.SIGUSR1] = ("SIGUSR1", 143)
 
     def stop(signum: int, frame: Any) -> None:
         for again in codes:

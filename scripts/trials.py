@@ -57,6 +57,7 @@ except ImportError:
 FIT = [sys.executable, "-m", "lenet_pl", "fit"]
 PAUSE = 1.0  # seconds between two looks at the trials
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+OWN = {"seed_everything", "name", "ckpt_path", "test"}  # options of fit that each trial sets for itself
 COLUMNS = ("test_acc", "val_acc", "train_acc", "train_loss", "seconds", "s/epoch")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; for more the last one, a little too wide.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -128,12 +129,14 @@ def suggest(trial: Trial, name: str, values: str) -> Any:
     bounds, _, log = values.partition(":")
     low, dots, high = bounds.partition("..")
     try:
+        if dots and log not in ("", "log"):
+            raise ValueError(f"{log!r} is no scale")
         if not dots:
             return trial.suggest_categorical(name, values.split(","))
         if low.isdecimal() and high.isdecimal():
             return trial.suggest_int(name, int(low), int(high), log=bool(log))
         return trial.suggest_float(name, float(low), float(high), log=bool(log))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"{name}={values}: {error}; expected such as 0,0.05 or 1e-3..3e-2:log") from error
 
 
@@ -150,7 +153,8 @@ def alone(plan: Plan) -> Iterator[None]:
 def open_study(plan: Plan) -> optuna.Study:
     """Opens the queue, and adds the trials that are neither in it nor done."""
     beat = plan.args.heartbeat
-    median = optuna.pruners.MedianPruner(n_warmup_steps=(plan.settings["trainer.max_epochs"] or 0) // 5)
+    epochs = plan.settings.get("trainer.max_epochs") or 0
+    median = optuna.pruners.MedianPruner(n_warmup_steps=max(0, epochs) // 5)
     with alone(plan):
         storage = optuna.storages.RDBStorage(
             plan.storage, heartbeat_interval=beat, grace_period=6 * beat, heartbeat_stale_trial_callback=queue_again
@@ -170,12 +174,17 @@ def open_study(plan: Plan) -> optuna.Study:
     return study
 
 
+def wanted(study: optuna.Study, plan: Plan, *states: TrialState) -> list[FrozenTrial]:
+    """Returns the trials in these states that this command asks for; an earlier one may have asked for more."""
+    return [trial for trial in study.get_trials(deepcopy=False, states=states) if trial.user_attrs["job"] in plan.jobs]
+
+
 def claim(study: optuna.Study, plan: Plan) -> Trial | None:
     """Takes a trial out of the queue, if there is one; ``Study.ask`` would make up another when it is empty."""
     storage: Any = study._storage
     with alone(plan):  # SQLite locks only when it writes: two commands could read that the same trial waits
         optuna.storages.fail_stale_trials(study)  # those of dead commands wait again
-        for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        for waiting in wanted(study, plan, TrialState.WAITING):
             storage.record_heartbeat(waiting._trial_id)  # first, or nobody notices if this command dies here
             storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
             return Trial(study, waiting._trial_id)
@@ -186,7 +195,7 @@ def work(study: optuna.Study, plan: Plan) -> None:
     """Runs trials until none is left, here or elsewhere: if another command dies, this one takes its trials over."""
     running: list[Generator[bool]] = []
     try:
-        while not stopped and study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
+        while not stopped and wanted(study, plan, TrialState.WAITING, TrialState.RUNNING):
             while len(running) < plan.args.workers and (trial := claim(study, plan)):
                 running.append(train(study, trial, plan))
             running = [training for training in running if next(training, False)]
@@ -217,15 +226,14 @@ def train(study: optuna.Study, trial: Trial, plan: Plan) -> Generator[bool]:
         elif code:
             errors = re.findall("^error: (.*)", log.read_text("utf-8", "replace"), re.MULTILINE)
             state = TrialState.FAIL
-            note = f"exit code {code}: {shorten(errors[-1]) if errors else ''} ({log})"
+            why = shorten(errors[-1]) if errors and code in (1, 2) else "it was killed"  # an older error may be there
+            note = f"exit code {code}: {why} ({log})"
         ended = study.tell(trial, value, state, skip_if_finished=True)
     except UpdateFinishedTrialError:  # this command was taken for dead, and another has the trial
         return
-    if code == 2:  # wrong use, so the other trials would end as this one
-        raise UsageError(note)
-    if code not in (None, 0, 1):  # something killed it
+    if code not in (None, 0, 1, 2):  # something killed it
         queue_again(study, ended)
-    print(f"{' '.join([*flags(settings), name])}  {note}  {progress(study)}", flush=True)
+    print(f"{' '.join([*flags(settings), name])}  {note}  {progress(study, plan)}", flush=True)
 
 
 def follow(trial: Trial, command: list[str], log: Path) -> Generator[bool, None, int | None]:
@@ -281,9 +289,9 @@ def result(parent: Path, metric: str) -> dict[str, float]:
     return found
 
 
-def progress(study: optuna.Study) -> str:
+def progress(study: optuna.Study, plan: Plan) -> str:
     """Says how many trials are done, and how long the others will take."""
-    trials = study.get_trials(deepcopy=False)
+    trials = wanted(study, plan, *TrialState)
     seconds = [trial.duration.total_seconds() for trial in trials if trial.state in DONE and trial.duration]
     running = sum(trial.state == TrialState.RUNNING for trial in trials)
     left = running + sum(trial.state == TrialState.WAITING for trial in trials)
@@ -312,7 +320,7 @@ def show(name: str, stats: dict[str, float]) -> str:
 
 def report(study: optuna.Study, plan: Plan) -> int:
     """Prints and writes the table, a row for each settings, the best first; returns 1 if a trial failed."""
-    done = {trial.user_attrs["job"]: trial for trial in study.trials if trial.state in DONE}
+    done = {trial.user_attrs["job"]: trial for trial in wanted(study, plan, *DONE)}
     trials = [done[job] for job in plan.jobs if job in done]
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     cells: dict[str, list[FrozenTrial]] = {}
@@ -334,6 +342,8 @@ def report(study: optuna.Study, plan: Plan) -> int:
     lines.insert(1, re.sub(r"[^|]", "-", lines[0]))
     command = re.sub(r"(?<=://)[^/@\s]*@", "", shlex.join(sys.argv))  # without user and password
     count = f"{len(complete)} trials complete, {len(trials) - len(complete)} pruned"
+    if len(trials) < len(plan.jobs):
+        count += f", {len(plan.jobs) - len(trials)} failed; the same command tries them again"
     text = "\n".join([f"`python {command}`", "", *lines, "", count])
     (plan.runs / f"{plan.study}.md").write_text(text + "\n", "utf-8")
     print(text)
@@ -370,6 +380,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     names = [item.partition("=")[0] for item in args.grid or args.search]
     if len(set(names)) < len(names):
         parser.error("a setting appears twice; give all its values at once, such as model.dropout=0,0.05")
+    given = {arg.partition("=")[0].removeprefix("--") for arg in rest if arg.startswith("--")}
+    for name in OWN & {*names, *given} | {"data.val_size", "trainer.default_root_dir"} & {*names}:
+        parser.error(f"{name} is the same for all trials or belongs to each; --seeds says how many seeds to train")
     for name in ("seeds", "trials", "workers", "heartbeat"):
         if vars(args)[name] < 1:
             parser.error(f"--{name} {vars(args)[name]}: expected at least 1")
@@ -386,7 +399,7 @@ def main() -> int:
     try:
         plan = Plan(args, rest)
         study = open_study(plan)
-        print(f"study {plan.study}: {progress(study)}, {args.workers} at a time", flush=True)
+        print(f"study {plan.study}: {progress(study, plan)}, {args.workers} at a time", flush=True)
         work(study, plan)
         if stopped:
             print("Stopped; the same command goes on where this one ended.", file=sys.stderr)

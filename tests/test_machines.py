@@ -259,15 +259,19 @@ def test_a_recipe_named_on_resume_means_its_own_newest_run(cli):
 
 
 def test_a_path_with_another_name_begins_a_run_of_that_name(cli):
-    assert cli("fit", *TINY, "--name", "a", "--trainer.max_epochs", 2)[0] == 0
+    setting = ("--trainer.accumulate_grad_batches", 2)
+    assert cli("fit", *TINY, *setting, "--name", "a", "--trainer.max_epochs", 2)[0] == 0
     folder = Path("runs/a/version_0")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     last = folder / "checkpoints/last.ckpt"
+    code, _, err = cli("fit", "--ckpt_path", last, "--name", "b")
+    assert code == 2
+    assert "has finished epoch 2; expected at least 3" in err
     code, out, err = cli("fit", "--ckpt_path", last, "--name", "b", "--trainer.max_epochs", 3)
     assert (code, err) == (0, "")
     assert "run folder: runs/b/version_0" in out
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert [row["epoch"] for row in rows(Path("runs/b/version_0"))] == ["3"]
+    assert [(row["epoch"], row["step"]) for row in rows(Path("runs/b/version_0"))] == [("3", "51")]
     assert cli("fit", "--ckpt_path", last, "--name", "a", "--trainer.max_epochs", 3)[0] == 0
     assert len(rows(folder)) == 3
 
@@ -275,7 +279,7 @@ def test_a_path_with_another_name_begins_a_run_of_that_name(cli):
 @pytest.mark.parametrize(
     ("change", "is_fine"),
     [
-        (lambda text: "\ufeff" + text.replace("\n", "\r\n"), True),
+        (lambda text: "\ufeff" + text.replace("\n1,", "\n1.0,").replace("\n", "\r\n"), True),
         (lambda text: text.replace(",", ";"), False),
         (lambda text: text.replace("seconds", "seconds,note"), False),
     ],

@@ -157,7 +157,9 @@ def test_a_checkpoint_within_an_epoch_resumes_with_single_steps(workdir):
 
 
 def test_a_score_belongs_to_the_weights_that_were_validated(cli):
-    assert cli("fit", *TINY, "--trainer.val_check_interval", 0.4)[0] == 0  # after 13 and 26 of 34 steps
+    code, out, err = cli("fit", *TINY, "--trainer.val_check_interval", 0.4)  # after 13 and 26 of 34 steps
+    assert (code, err) == (0, "")
+    assert "the last weights of an epoch are not validated, so there is no best.ckpt" in out
     assert [(row["val_acc"], row["val_loss"]) for row in rows()] == [("", "")] * 2
     assert not (RUN / "checkpoints/best.ckpt").exists()
     assert cli("fit", *TINY, "--trainer.val_check_interval", 0.5, "--name", "half")[0] == 0
@@ -246,6 +248,75 @@ def test_a_training_without_a_finished_epoch_is_a_failure(cli):
     assert not Path("runs").exists()
 
 
+class StopFirst(Callback):
+    """Ends the training within its first epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = True
+
+
+def test_auto_begins_a_run_again_that_has_finished_no_epoch(cli):
+    command = ("fit", *TINY, "--ckpt_path", "auto")
+    code, _, err = cli(*command, "--trainer.callbacks+=test_own_pieces.StopFirst")
+    assert (code, "finished" in err) == (1, True)
+    assert not (RUN / "finished.txt").exists()
+    assert cli(*command, "--trainer.callbacks", "null")[0] == 0
+    assert len(rows()) == 2
+
+
+STOPPING = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss")
+
+
+def test_a_training_that_diverges_within_an_epoch_is_a_failure(cli):
+    flags = (*STOPPING, "--trainer.val_check_interval", 0.5)
+    assert cli("fit", *TINY, *flags)[0] == 0
+    code, _, err = cli("fit", "--ckpt_path", "last", "--model.lr", 1e30, "--trainer.max_epochs", 4)
+    assert code == 1
+    assert "the training diverged at lr 1e+30" in err
+    assert not (RUN / "finished.txt").exists()
+
+
+def test_the_steps_that_were_asked_for_are_kept(cli):
+    flags = (*STOPPING, "--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=100")
+    assert (
+        cli("fit", *TINY, *flags, "--trainer.min_epochs", 5, "--trainer.max_epochs", 9, "--trainer.max_steps", 90)[0]
+        == 0
+    )
+    assert torch.load(LAST, weights_only=True)["global_step"] == 90
+
+
+def test_a_schedule_ends_at_the_end_also_where_max_steps_is_not_reached(cli):
+    flags = (
+        "--model.schedule",
+        "one_cycle",
+        "--model.lr",
+        0.01,
+        "--trainer.max_epochs",
+        4,
+        "--trainer.max_steps",
+        1000,
+    )
+    stop = ("--trainer.callbacks+=test_own_pieces.Stop", "--trainer.callbacks.step=4")
+    assert cli("fit", *TINY, *flags, *stop)[0] == 0
+    assert cli("fit", "--ckpt_path", "last", "--data.batch_size", 32, "--trainer.callbacks", "null")[0] == 0
+    rates = [float(row["lr"]) for row in rows()]
+    assert len(rates) == 4
+    assert min(rates) > 0
+    assert rates[-1] < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_a_net_in_evaluation_mode_can_be_trained(workdir):
+    module = LitLeNet(batch_norm=True)
+    train(module)
+    module.freeze()  # sets evaluation mode, too
+    module.net.classifier[-1].weight.requires_grad_(True)
+    before = {name: value.clone() for name, value in module.net.named_parameters()}
+    train(module)
+    changed = {name for name, value in module.net.named_parameters() if not torch.equal(value, before[name])}
+    assert list(changed) == [list(before)[-2]]
+
+
 @pytest.mark.parametrize("k", [5, 1])
 def test_a_training_after_a_validation(workdir, k):
     module, trainer = LitLeNet(), Trainer(max_epochs=1, **QUIET)
@@ -262,10 +333,18 @@ class Remembering(Callback):
         return {"mean": np.mean([1.0, 2.0])}
 
 
-def test_a_state_that_could_not_be_read_back_is_refused_before_it_is_written(cli):
-    code, _, err = cli("fit", *TINY, "--trainer.callbacks+=test_own_pieces.Remembering")
+class Cosine(Callback):
+    """Sets a rate that no checkpoint may hold."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.optimizers[0].param_groups[0]["lr"] = 1e-3 * np.cos(trainer.current_epoch / 10)
+
+
+@pytest.mark.parametrize("kind", ["Remembering", "Cosine"])
+def test_a_state_that_could_not_be_read_back_is_refused_before_it_is_written(cli, kind):
+    code, _, err = cli("fit", *TINY, f"--trainer.callbacks+=test_own_pieces.{kind}")
     assert code == 1
-    assert "a callback or a hyperparameter has a value of the kind numpy" in err
+    assert "has a value of the kind numpy" in err
     assert len(err.splitlines()) <= 3
     assert not list(RUN.glob("checkpoints/*"))
 

@@ -48,6 +48,8 @@ for epoch in range(done + 1, epochs + 1):
     time.sleep(pace)
     while epoch == 4 and Path("hold").exists():
         time.sleep(0.05)
+    if given.get("model.lr") == "8":
+        sys.exit(print("error: wrong for this trial alone", file=sys.stderr) or 2)
     if given.get("model.lr") == "9":
         sys.exit(print("error: the training diverged", file=sys.stderr) or 1)
     accuracy = 0.9 - dropout / 10 + epoch / 1000 + int(given["seed_everything"]) / 100
@@ -164,6 +166,27 @@ def test_settings_are_never_mixed(finish, tmp_path):
     grid = finish("--grid", "model.dropout=0.5", "--seeds", 1)
     assert finish("--grid", "model.dropout=0.5,0.2", "--seeds", 1)["study"] != grid["study"]
     assert sorted(map(len, starts(tmp_path).values())) == [1, 1, 1, 2]  # fit says at once that it is finished
+
+
+@pytest.mark.long
+def test_a_wrong_trial_does_not_stop_the_others(finish, start, tmp_path):
+    process = start("--grid", "model.lr=0.1,8,0.2", "--seeds", 1, "--workers", 1)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "")
+    assert "2 trials complete, 0 pruned, 1 failed; the same command tries them again" in out
+    assert finish("--grid", "trainer.max_epochs=2,3", "--seeds", 1)["table"][0]["n"] == 1
+
+
+@pytest.mark.long
+def test_a_smaller_command_leaves_what_a_larger_one_has_queued(start, finish, tmp_path):
+    (tmp_path / "hold").touch()
+    larger = start("--seeds", 4, "--workers", 1, "--trainer.max_epochs", 8)
+    wait_for(lambda: rows(tmp_path) == 3)
+    larger.send_signal(signal.SIGINT)
+    larger.communicate(timeout=60)
+    (tmp_path / "hold").unlink()
+    assert finish("--seeds", 1, "--trainer.max_epochs", 8)["table"][0]["n"] == 1
+    assert len(starts(tmp_path)) == 1
 
 
 @pytest.mark.long
@@ -328,6 +351,10 @@ def test_a_failed_trial(start, finish, tmp_path):
         (["--search", "model.lr=0.0..1:log"], "model.lr=0.0..1:log: "),
         (["--search", "model.lr=0.1..1", "--final"], "exclude each other"),
         (["--grid", "model.lr=0.1", "model.lr=0.2"], "appears twice"),
+        (["--grid", "seed_everything=1,2"], "seed_everything is the same for all trials or belongs to each"),
+        (["--grid", "data.val_size=60,90"], "data.val_size is the same"),
+        (["--ckpt_path", "pretrained"], "ckpt_path is the same for all trials or belongs to each"),
+        (["--search", "model.lr=0.1..0.2:linear"], "'linear' is no scale"),
         (["--data.val_size", "0"], "no validation images to compare trials by: add --data.val_size 10000"),
         (["--storage", "nonsense"], "Could not parse"),
         (["--storage", "postgresql://someone:secret@127.0.0.1:1/x"], "postgresql"),
