@@ -101,7 +101,7 @@ def entry() -> NoReturn:
     """Runs the command line as a process of its own."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook names one that need not be installed here; no window is opened anyway
     code = main()
-    if code in (130, 143):
+    if code > 128:  # a signal
         os._exit(code)  # at once: what the libraries would clean up takes seconds, and nothing needs it
     sys.exit(code)
 

@@ -65,7 +65,7 @@ class RunFolder(Callback):
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Lets the patience and the folder that a callback of Lightning has now win over those in its state."""
+        """Counts the finished epochs. The patience and folder that a callback has now win over those in its state."""
         self.finished = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         changed: list[Any] = [(callback, "patience") for callback in trainer.early_stopping_callbacks]
         changed += [(callback, "dirpath") for callback in trainer.checkpoint_callbacks]  # the run may have been moved
@@ -75,7 +75,10 @@ class RunFolder(Callback):
                 state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Ends a training at once that resumes where the patience of EarlyStopping was at its end."""
+        """Ends a training at once that resumes where the patience of EarlyStopping was at its end.
+
+        A line says if no validation falls on the end of an epoch.
+        """
         checks_epochs = trainer.check_val_every_n_epoch and trainer.enable_validation and trainer.is_global_zero
         if checks_epochs and trainer.num_training_batches % (trainer.val_check_batch or 1):
             print("val_check_interval: the last weights of an epoch are not validated, so there is no best.ckpt")

@@ -186,6 +186,12 @@ def test_a_signal_stops_at_once_and_says_how_to_go_on(
     assert same(outcome(go_on(cli)), undisturbed)
 
 
+def test_a_closed_terminal(workdir):
+    code, err = interrupted(["fit", *SMALL], *MOMENTS["in a block"][:2], 5, signal.SIGHUP)
+    assert code == 129
+    assert err == "stopped by SIGHUP before the first epoch was finished; start the run again\n"
+
+
 def test_a_second_signal_ends_without_a_word(workdir):
     code, err = interrupted(["fit", *RICH], LitLeNet, "_logits_and_loss", 3, signal.SIGTERM, signal.SIGTERM)
     assert (code, err) in ((-signal.SIGTERM, ""), (143, err))
