@@ -43,10 +43,9 @@ class AtomicCheckpointIO(CheckpointIO):
         try:  # the state of a callback could make a file that would be refused when it is read
             torch.load(io.BytesIO(content), weights_only=True)
         except pickle.UnpicklingError as error:
-            code = re.search(r"GLOBAL (\S+)", str(error))
             raise Failure(
                 f"{path}: a callback, optimizer or hyperparameter has a value of the kind "
-                f"{code[1] if code else 'unknown'}, which no checkpoint may hold. Use plain numbers, texts and tensors"
+                f"{_refused_kind(error) or 'unknown'}, which no checkpoint may hold. Use plain numbers, texts, tensors"
             ) from error
         write_atomic(Path(path), content)
 
@@ -79,14 +78,20 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}{_REMEDY}") from error
     except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"would run code ({code[1]})" if code else "holds more than tensors and plain values"
+        kind = _refused_kind(error)
+        why = f"would run code ({kind})" if kind else "holds more than tensors and plain values"
         raise CheckpointError(f"{name} {why}: it was refused, and nothing was executed{_REMEDY}") from error
     except Exception as error:  # BadZipFile, EOFError, RuntimeError, struct.error …: they have no common parent
         line = (str(error) or type(error).__name__).splitlines()[0][:120].rstrip(".")
         raise CheckpointError(f"{name} is damaged, cut off or not a checkpoint: {line}{_REMEDY}") from error
     _require(content, KEYS, name)
     return content
+
+
+def _refused_kind(error: pickle.UnpicklingError) -> str | None:
+    """Returns the class or function that ``weights_only=True`` has refused, if torch names it."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    return named[1] if named else None
 
 
 def load_ours(path: Path, resume: bool) -> dict[str, Any]:

@@ -381,8 +381,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     if len(set(names)) < len(names):
         parser.error("a setting appears twice; give all its values at once, such as model.dropout=0,0.05")
     given = {arg.partition("=")[0].removeprefix("--") for arg in rest if arg.startswith("--")}
-    for name in OWN & {*names, *given} | {"data.val_size", "trainer.default_root_dir"} & {*names}:
-        parser.error(f"{name} is the same for all trials or belongs to each; --seeds says how many seeds to train")
+    shared = {"data.val_size", "trainer.default_root_dir"}  # one for all trials of a command
+    refused = sorted(OWN & {*names, *given} | shared & {*names})
+    if refused:
+        parser.error(
+            f"{refused[0]} is the same for all trials or belongs to each; --seeds says how many seeds to train"
+        )
     for name in ("seeds", "trials", "workers", "heartbeat"):
         if vars(args)[name] < 1:
             parser.error(f"--{name} {vars(args)[name]}: expected at least 1")
