@@ -1,14 +1,14 @@
 """Many optimizer steps in one Lightning step, with the same result to the bit.
 
 For a small net the work around an optimizer step (hooks, logging, progress bars, the host waiting for a device) takes
-longer than the step. A *block* is a list of mini-batches that Lightning handles as one batch. :func:`run` takes an
+longer than the step. A *block* holds several mini-batches, which Lightning handles as one batch. :func:`run` takes an
 optimizer step on each of them: the weights are those of automatic optimization, bit for bit. Keras calls the number of
 steps ``steps_per_execution``.
 
 To use it in another project:
 
-1. A datamodule has ``makes_blocks = True`` in its class. Its loader yields ``Block([batch, batch, …])`` where
-   :func:`prepare` allows more than one step, and plain batches otherwise.
+1. A datamodule has ``makes_blocks = True`` in its class. Its loader yields ``Block([images, labels], size)``
+   where :func:`prepare` allows more than one step, and plain batches otherwise.
 2. The LightningModule has ``takes_blocks = True`` in its class, and its ``training_step`` hands a ``Block`` to
    :func:`run` and returns None. It sets its learning rate in ``on_before_optimizer_step``.
 
@@ -21,7 +21,8 @@ most of them are needed for three reasons, each with the number of Lightning's i
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -51,8 +52,19 @@ _STEP_HOOKS = (
 )
 
 
-class Block(list[Any]):
-    """A list of mini-batches for as many optimizer steps; Lightning moves them to the device like any list."""
+@dataclass
+class Block:
+    """Mini-batches for as many optimizer steps, in one piece, which Lightning moves to the device."""
+
+    fields: list[Tensor]  # of the same N samples, each [N, …], such as images and labels
+    batch_size: int  # the last mini-batch may be smaller
+
+    def __len__(self) -> int:
+        """Returns the number of mini-batches."""
+        return ceil(len(self.fields[0]) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(field.split(self.batch_size) for field in self.fields), strict=True)
 
 
 def prepare(trainer: Trainer | None, wanted: int) -> int:
@@ -191,10 +203,10 @@ def run(
     if direct and module.device.type == "cuda" and optimizer.param_groups[0]["fused"]:
         return _run_as_graph(module, optimizer, block, forward, compiled)
     all_outputs, losses = [], []
-    for batch in block:
+    for number, batch in enumerate(block, 1):
         outputs, loss = forward(batch)
         module.on_before_optimizer_step(optimizer)  # it only sets the learning rate
-        if direct and batch is not block[-1]:  # the last one leaves its gradients for callbacks that look at them
+        if direct and number < len(block):  # the last one leaves its gradients for callbacks that look at them
             adam.step(optimizer, loss)
         else:
             optimizer.zero_grad()
@@ -218,7 +230,7 @@ def _run_as_graph(
         _count_step(module.trainer)
     if not hasattr(optimizer, "graph"):
         optimizer.graph = BlockGraph(optimizer, forward, compiled)
-    outputs, losses = optimizer.graph(block, rates)
+    outputs, losses = optimizer.graph(block.fields, block.batch_size, rates)
     return outputs, losses
 
 

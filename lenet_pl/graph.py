@@ -28,45 +28,44 @@ class BlockGraph:
     def __init__(self, optimizer: Adam, forward: Callable[[Any], Any], compiled: bool) -> None:
         self.optimizer = optimizer
         self.forward, self.full_forward = forward, forward  # the second one is for mini-batches of the full size
-        self.full_size = 0
         self.update: Callable[..., None] = adam
         self.fused = not compiled
+        self.cut: Callable[[list[Tensor]], list[Tensor]] = list if compiled else _pieces
         if compiled:
-            options: Any = {"combo_kernels": True}  # one kernel for many small tensors
+            # One kernel for many small tensors; the fastest of many for each product of matrices, without their table.
+            options: Any = {"combo_kernels": True, "max_autotune_gemm": True, "autotune_num_choices_displayed": 0}
             self.full_forward = torch.compile(forward, dynamic=False, options=options)
             self.update = torch.compile(adam, dynamic=False, options=options)
         self.parameters = optimizer.param_groups[0]["params"]
         states = [optimizer.state[parameter] for parameter in self.parameters]
-        self.moments = [_pieces([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")]
-        self.weights = _pieces([parameter.detach() for parameter in self.parameters])
+        self.moments = [self.cut([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")]
+        self.weights = self.cut([parameter.detach() for parameter in self.parameters])
         self.counts: list[Tensor] = []
         for state in states:  # each piece counts its steps; a checkpoint saves the count of a parameter's first piece
-            counts = [state["step"].clone() for _ in _pieces([state["exp_avg"]])]
+            counts = [state["step"].clone() for _ in self.cut([state["exp_avg"]])]
             state["step"] = counts[0]
             self.counts += counts
         self.settings: list[Any] = []
-        # The graph, its inputs and its results for each shape of a block, such as (32, 32, 24).
+        # The graph, its inputs and its results for each shape of a block: its samples, and those of a mini-batch.
         # None: a block of that shape has run once, and is not recorded yet.
-        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None] = {}
+        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None] = {}
 
-    def __call__(self, block: list[Any], rates: list[float]) -> list[Tensor]:
-        """Takes a step on each mini-batch with its learning rate; returns what ``blocks.run`` returns."""
-        shape = tuple(len(batch[0]) for batch in block)
-        self.full_size = max(self.full_size, *shape)
+    def __call__(self, fields: list[Tensor], batch_size: int, rates: list[float]) -> list[Tensor]:
+        """Takes a step on each mini-batch of a block with its learning rate; returns what ``blocks.run`` returns."""
+        shape = (len(fields[0]), batch_size)
         settings = [self.optimizer.param_groups[0][name] for name in ("betas", "eps", "weight_decay")]
         if settings != self.settings:  # a recording holds them, and somebody has changed them
             self.graphs.clear()
             self.settings = settings
-        fields = [torch.cat(field) for field in zip(*block, strict=True)]  # such as all images and all labels
         inputs = [*fields, torch.tensor(rates, dtype=torch.float32).to(fields[0].device, non_blocking=True)]
         if shape not in self.graphs:  # readies cuDNN and compiles: neither may happen while a graph is recorded
             self.graphs[shape] = None
-            return self._steps(shape, inputs)
+            return self._steps(batch_size, inputs)
         recorded = self.graphs[shape]
         if recorded is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):  # records the kernels without running them
-                results = self._steps(shape, inputs)
+                results = self._steps(batch_size, inputs)
             recorded = self.graphs[shape] = (graph, inputs, results)
         graph, buffers, results = recorded
         for buffer, value in zip(buffers, inputs, strict=True):
@@ -74,12 +73,15 @@ class BlockGraph:
         graph.replay()
         return [result.clone() for result in results]  # the next replay writes over them
 
-    def _steps(self, shape: tuple[int, ...], inputs: list[Tensor]) -> list[Tensor]:
+    def _steps(self, batch_size: int, inputs: list[Tensor]) -> list[Tensor]:
         *fields, rates = inputs
         results = []
-        for rate, *batch in zip(rates, *(field.split(shape) for field in fields), strict=True):
+        precision = torch.get_float32_matmul_precision()
+        if not self.fused:
+            torch.set_float32_matmul_precision("high")
+        for rate, *batch in zip(rates, *(field.split(batch_size) for field in fields), strict=True):
             torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
-            is_full = len(batch[0]) == self.full_size  # the smaller last one of an epoch is not worth a compilation
+            is_full = len(batch[0]) == batch_size  # the smaller last one of an epoch is not worth a compilation
             outputs, loss = (self.full_forward if is_full else self.forward)(batch)
             gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
             group = self.optimizer.param_groups[0]
@@ -88,8 +90,9 @@ class BlockGraph:
             options = {name: group[name] for name in names} | {"beta1": beta1, "beta2": beta2, "lr": rate}
             options |= {"fused": self.fused, "foreach": not self.fused, "capturable": True}
             with torch.no_grad():
-                self.update(self.weights, _pieces(gradients), *self.moments, [], self.counts, **options)
+                self.update(self.weights, self.cut(gradients), *self.moments, [], self.counts, **options)
             results.append((outputs.detach(), loss.detach()))
+        torch.set_float32_matmul_precision(precision)
         outputs, losses = zip(*results, strict=True)
         return [torch.cat(outputs), torch.stack(losses)]
 

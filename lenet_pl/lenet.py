@@ -3,7 +3,7 @@
 In training it may be richer than LeNet-5: :func:`fold` then makes a plain LeNet-5 of it that computes the same.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,39 @@ from torch.nn.utils.parametrize import register_parametrization
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose channels lie last in memory on a CPU, which saves a fifth of the time there.
+    """A convolution in the form that its device computes fastest.
 
-    The weights themselves keep the usual order, so that other tools can use them.
+    On a CPU the channels lie last in memory, which saves a fifth of the time there. The weights themselves keep the
+    usual order, so that other tools can use them. For torch.compile on a GPU it is a product of matrices.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, out_channels, H, W]`` for ``[N, in_channels, H, W]``."""
-        if not x.is_cpu or torch.compiler.is_compiling():
+        if _is_compiled_for_gpu(x):
+            maps: Tensor = as_product(x, self.weight, int(self.padding[0]))
+            return maps + cast(Tensor, self.bias)[:, None, None]
+        if torch.compiler.is_compiling() or not x.is_cpu:
             return super().forward(x)
         weight = self.weight.to(memory_format=torch.channels_last)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def _is_compiled_for_gpu(x: Tensor) -> bool:
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+def as_product(x: Tensor, kernels: Tensor, padding: int) -> Tensor:
+    """Convolves ``x``, ``[N, C, H, W]``, with ``kernels``, ``[O, C, K, K]``, by a product of matrices.
+
+    A compiler fuses it with the layers around it. For layers as small as these, that takes half as long as cuDNN.
+    """
+    size = kernels.shape[-1]
+    windows = F.pad(x, 4 * [padding]).unfold(2, size, 1).unfold(3, size, 1)  # [N, C, H, W, K, K]
+    n, _, h, w = windows.shape[:4]
+    windows = windows.permute(0, 2, 3, 1, 4, 5).reshape(n, h * w, -1)  # [N, H * W, C * K * K]
+    # One product for each image: in the backward pass, one for all images would leave most of the GPU idle.
+    maps = windows.bmm(kernels.flatten(1).t().expand(n, -1, -1))  # [N, H * W, O]
+    return maps.transpose(1, 2).reshape(n, -1, h, w)
 
 
 class ComposedKernel(nn.Module):
@@ -35,7 +57,9 @@ class ComposedKernel(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Returns the kernel ``[O, I, 5, 5]`` of ``[M, I, 3, 3]`` followed by ``[O, M, 3, 3]``."""
-        return F.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=2).transpose(0, 1)
+        first, second = first.transpose(0, 1), second.flip(2, 3)
+        kernel = as_product(first, second, 2) if _is_compiled_for_gpu(first) else F.conv2d(first, second, padding=2)
+        return kernel.transpose(0, 1)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Draws the two kernels, orthogonal ones. Of ``weight`` only the shape matters."""

@@ -119,7 +119,7 @@ class TrainLoader:
             if self.steps_per_block == 1:
                 yield images, labels
             else:
-                yield Block(zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True))
+                yield Block([images, labels], self.batch_size)
 
     def draw(self) -> tuple[Tensor, ...]:
         """Draws the epoch for all processes, and returns this one's indices, flips and offsets on the device."""

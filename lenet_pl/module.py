@@ -181,8 +181,8 @@ class LitLeNet(LightningModule):
         """Returns the loss of a mini-batch. With a block, it takes all optimizer steps itself and returns None."""
         if isinstance(batch, blocks.Block):
             logits, losses = blocks.run(self, batch, self._logits_and_loss, self.hparams["compile"])
-            of_images = [loss.expand(len(labels)) for loss, (_, labels) in zip(losses, batch, strict=True)]
-            self._log("train", logits, torch.cat(of_images), torch.cat([labels for _, labels in batch]))
+            of_images = losses.repeat_interleave(batch.batch_size)[: len(logits)]
+            self._log("train", logits, of_images, labels=batch.fields[1])
             return None
         logits, loss = self._logits_and_loss(batch)
         self._log("train", logits.detach(), loss.detach().expand(len(batch[1])), batch[1])
