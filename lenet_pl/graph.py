@@ -3,6 +3,9 @@
 A step of LeNet-5 is some 58 kernels. A GPU runs them in a quarter of a millisecond, but Python takes about eight times
 as long to launch them one after the other. A CUDA graph launches those of a whole block at once. The kernels and their
 order stay the same, and so do the weights, to the bit where torch is deterministic.
+
+Measured on an NVIDIA H100 (torch 2.11) at batch 32: 233 µs a step, and 125 µs compiled. With max_autotune_gemm it would
+be 94 µs, but then compiling takes 70 s instead of 18 s.
 """
 
 from collections.abc import Callable
@@ -22,7 +25,7 @@ class BlockGraph:
     Args:
         optimizer: Fused Adam with one parameter group, which has taken a step before.
         forward: Returns the outputs ``[B, …]`` and the mean loss of a mini-batch of B samples.
-        compiled: Whether torch.compile may fuse kernels: faster, after half a minute, and equal within tolerance only.
+        compiled: Whether torch.compile may fuse kernels and use TF32: faster, and equal within tolerance only.
     """
 
     def __init__(self, optimizer: Adam, forward: Callable[[Any], Any], compiled: bool) -> None:
@@ -32,8 +35,7 @@ class BlockGraph:
         self.fused = not compiled
         self.cut: Callable[[list[Tensor]], list[Tensor]] = list if compiled else _pieces
         if compiled:
-            # One kernel for many small tensors; the fastest of many for each product of matrices, without their table.
-            options: Any = {"combo_kernels": True, "max_autotune_gemm": True, "autotune_num_choices_displayed": 0}
+            options: Any = {"combo_kernels": True}  # one kernel for many small tensors
             self.full_forward = torch.compile(forward, dynamic=False, options=options)
             self.update = torch.compile(adam, dynamic=False, options=options)
         self.parameters = optimizer.param_groups[0]["params"]
@@ -75,26 +77,30 @@ class BlockGraph:
 
     def _steps(self, batch_size: int, inputs: list[Tensor]) -> list[Tensor]:
         *fields, rates = inputs
-        results = []
+        batches = zip(*(field.split(batch_size) for field in fields), strict=True)
         precision = torch.get_float32_matmul_precision()
-        if not self.fused:
+        if not self.fused:  # products of matrices in TF32 take half the time; convolutions on a GPU always use it
             torch.set_float32_matmul_precision("high")
-        for rate, *batch in zip(rates, *(field.split(batch_size) for field in fields), strict=True):
-            torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
-            is_full = len(batch[0]) == batch_size  # the smaller last one of an epoch is not worth a compilation
-            outputs, loss = (self.full_forward if is_full else self.forward)(batch)
-            gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
-            group = self.optimizer.param_groups[0]
-            beta1, beta2 = group["betas"]
-            names = ("weight_decay", "eps", "amsgrad", "maximize", "decoupled_weight_decay")
-            options = {name: group[name] for name in names} | {"beta1": beta1, "beta2": beta2, "lr": rate}
-            options |= {"fused": self.fused, "foreach": not self.fused, "capturable": True}
-            with torch.no_grad():
-                self.update(self.weights, self.cut(gradients), *self.moments, [], self.counts, **options)
-            results.append((outputs.detach(), loss.detach()))
-        torch.set_float32_matmul_precision(precision)
+        try:
+            results = [self._step(batch, rate, batch_size) for batch, rate in zip(batches, rates, strict=True)]
+        finally:
+            torch.set_float32_matmul_precision(precision)
         outputs, losses = zip(*results, strict=True)
         return [torch.cat(outputs), torch.stack(losses)]
+
+    def _step(self, batch: Any, rate: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
+        is_full = len(batch[0]) == batch_size  # the smaller last one of an epoch is not worth a compilation
+        outputs, loss = (self.full_forward if is_full else self.forward)(batch)
+        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.parameters)]
+        group = self.optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        names = ("weight_decay", "eps", "amsgrad", "maximize", "decoupled_weight_decay")
+        options = {name: group[name] for name in names} | {"beta1": beta1, "beta2": beta2, "lr": rate}
+        options |= {"fused": self.fused, "foreach": not self.fused, "capturable": True}
+        with torch.no_grad():
+            self.update(self.weights, self.cut(gradients), *self.moments, [], self.counts, **options)
+        return outputs.detach(), loss.detach()
 
 
 def _pieces(tensors: list[Tensor]) -> list[Tensor]:

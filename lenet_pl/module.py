@@ -35,7 +35,7 @@ class LitLeNet(LightningModule):
         label_smoothing: Share of the target that is spread evenly over the classes in training, 0 to 1.
         batch_norm: Whether to normalise batches in training, see ``LeNet5``. Each process uses its own mini-batches.
         composed_kernels: Whether to build each 5×5 kernel from two 3×3 kernels in training, see ``LeNet5``.
-        compile: Whether to use ``torch.compile`` in training. It pays only in long trainings.
+        compile: Whether to use ``torch.compile`` in training. It pays only in long trainings. On a GPU it uses TF32.
 
     Raises:
         UsageError: If an argument is out of its range.
