@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lenet_pl import FashionMNISTDataModule, LeNet5
-from lenet_pl.lenet import ComposedKernel, fold
+from lenet_pl.lenet import ComposedKernel, as_product, fold
 from lenet_pl.loader import normalise
 
 
@@ -125,3 +125,20 @@ def test_a_composed_kernel_is_that_of_two_convolutions():
     torch.testing.assert_close(
         F.conv2d(images, kernel), F.conv2d(F.conv2d(images, first), second), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("images", "kernels", "padding"),
+    [
+        ((4, 1, 28, 28), (6, 1, 5, 5), 2),
+        ((4, 6, 14, 14), (16, 6, 5, 5), 0),
+        ((6, 64, 3, 3), (16, 64, 3, 3), 2),  # as ComposedKernel does
+    ],
+)
+def test_a_product_of_matrices_is_the_convolution(images, kernels, padding):
+    x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in (images, kernels))
+    ours, reference = as_product(x, weight, padding), F.conv2d(x, weight, padding=padding)
+    torch.testing.assert_close(ours, reference)
+    gradient = torch.randn_like(reference)
+    gradients = [torch.autograd.grad(result, (x, weight), gradient) for result in (ours, reference)]
+    torch.testing.assert_close(*gradients)
