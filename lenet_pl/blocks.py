@@ -111,7 +111,7 @@ def _objection(trainer: Trainer) -> str | None:
         "accumulate_grad_batches": 1,
     }
     for option, default in defaults.items():
-        value = getattr(trainer, option)
+        value = getattr(trainer, option, None)  # val_check_interval is absent where a time was given
         if value != default or type(value) is not type(default):
             return f"trainer.{option} counts or changes single steps"
     if trainer.precision == "16-mixed":

@@ -77,11 +77,11 @@ class RunFolder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Ends a training at once that resumes where the patience of EarlyStopping was at its end.
 
-        A line says if no validation falls on the end of an epoch.
+        A line says if validations do not fall on the end of each epoch.
         """
-        checks_epochs = trainer.check_val_every_n_epoch and trainer.enable_validation and trainer.is_global_zero
-        if checks_epochs and trainer.num_training_batches % (trainer.val_check_batch or 1):
-            print("val_check_interval: the last weights of an epoch are not validated, so there is no best.ckpt")
+        validates = trainer.enable_validation and trainer.is_global_zero
+        if validates and trainer.num_training_batches % (trainer.val_check_batch or 1):
+            print("val_check_interval: an epoch whose last weights are not validated cannot become best.ckpt")
         for callback in trainer.early_stopping_callbacks:
             is_stock = type(callback) is EarlyStopping  # a derived class may have gone on all the same
             if is_stock and callback.wait_count >= max(1, callback.patience):

@@ -35,14 +35,16 @@ DECISIVE = (
     "trainer.limit_train_batches",
     "trainer.overfit_batches",
 )
-# Settings that change what the numbers in a checkpoint mean. A resumed run must keep them.
+# Settings that change what the numbers in a checkpoint mean. Training and validation must keep them.
 FIXED = {"model": ("variant", "batch_norm", "composed_kernels"), "data": ("val_size", "split_seed", "mean", "std")}
 
 
 def take_name(given: Namespace) -> str | None:
     """Takes the config files out of ``given``; returns the run's name: ``--name``, or the last file's, or None."""
     files = given.pop("config", None)
-    name = given.get("name") or (Path(files[-1]).stem if files else None)
+    name: str | None = given.get("name")
+    if name is None and files:
+        name = Path(files[-1]).stem
     if name is not None:
         fits = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) is not None and name.strip(" .") != ""
         fits = fits and name == decoded(name)
@@ -59,8 +61,10 @@ def check(command: str, config: Namespace) -> None:
         value = trainer[option]
         fits = not isinstance(value, int | float) or value > 0 or (option, value) == ("max_steps", -1)
         require(fits, f"trainer.{option}={value}", "a number above 0")
+    require(command == "fit" or not trainer.barebones, "trainer.barebones=true", "false, because it keeps no scores")
     if command == "validate":
-        require(config.data.val_size != 0, "data.val_size=0", "more than 0 images to validate on, or use test")
+        remedy = "images that were held out from the training; this net has none, so use test"
+        require(config.data.val_size != 0, "data.val_size=0", remedy)
     most = 4 * (os.cpu_count() or 1)  # more would only use memory
     threads = config.threads
     require(threads is None or 1 <= threads <= most, f"threads={threads}", f"an integer from 1 to {most}")
@@ -93,16 +97,24 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
     return True
 
 
-def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resumed: Path | None) -> None:
-    """Refuses to resume from a checkpoint with settings that do not fit it. ``resumed`` is its run, or None."""
+def check_fixed(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
+    """Refuses settings with which the net of a checkpoint was not trained, and without which its scores mean nothing.
+
+    With another split, for example, the validation images would be images that it was trained on.
+    """
     for group, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
         for name in FIXED[group]:
-            old, new = checkpoint[key].get(name), config[group][name]
+            new = config[group][name]
+            old = checkpoint[key].get(name, new)  # an older checkpoint lacks newer settings
             if old != new:
                 raise UsageError(
-                    f"{group}.{name}={new}: {path} was trained with {old}, and resumes only with that\n"
-                    "Leave the option out, or begin a new run without --ckpt_path"
+                    f"{group}.{name}={new}: {one_line(path)} was trained with {old}, and must keep that\n"
+                    "Leave that option or config file out, or begin a new run: fit without --ckpt_path"
                 )
+
+
+def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resumed: Path | None) -> None:
+    """Refuses to resume from a checkpoint with settings that do not fit it. ``resumed`` is its run, or None."""
     for callback in config.trainer.callbacks or []:
         if callback.class_path.endswith(("LearningRateFinder", "BatchSizeFinder")):
             lr, size = checkpoint["hyper_parameters"]["lr"], checkpoint["datamodule_hyper_parameters"]["batch_size"]

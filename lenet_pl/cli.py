@@ -70,13 +70,15 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of this command that are not about trainer, model or data."""
-        words = "A file, or best, last, pretrained" + (" or auto." if self.command == "fit" else ".")
+        words = "A file, or best, last or pretrained."
+        if self.command == "fit":
+            words = "last: resume the newest run; auto: begin this run, or resume it; or the file to resume from."
         # The type is str, although None is the default: otherwise a value such as #1 would be read as YAML.
         parser.add_argument("--ckpt_path", type=str, default=None, help=words)
         parser.add_argument("--name", type=str, default=None, help="Folder in runs/ (default: the config's).")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; results depend on them.")
-        if self.command == "fit":
-            parser.add_argument("--test", type=bool, default=True, help="Whether to score the test images at the end.")
+        # The other commands ignore it, but it stands in a run's config.yaml, which they take too.
+        parser.add_argument("--test", type=bool, default=True, help="Whether fit scores the test images at the end.")
         if self.command in ("predict", "export"):
             parser.add_argument("--output", type=str, default=None, help="Folder to write to, or export's file.")
         if self.command == "demo":
@@ -92,26 +94,34 @@ class CLI(LightningCLI):
         pictures.add_argument("--data.images", dest="names", nargs="+", action="extend")
         try:
             taken, args = pictures.parse_known_args(args)
-            prints_config = any(arg.startswith("--print_config") for arg in args)  # jsonargparse does, with defaults
-            given = parser.parse_args(args, defaults=prints_config)
+            prints = next((arg for arg in args if arg.startswith("--print_config")), "")
+            given = parser.parse_args([arg for arg in args if arg != prints], defaults=False)
             if taken.names:
                 given["data.images"] = taken.names
             given = configs.with_home_folders(given)
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
             self.name = checks.take_name(given)
             stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path"), given.get("name")))
+            if prints and not stored:
+                parser.parse_args(args)  # jsonargparse prints the settings with all defaults, and exits
             for key in OBJECTS:
                 if key in given:
                     given[key] = configs.joined(stored.get(key), given[key])
             # config.yaml gets them as the user gave them: jsonargparse adds defaults that YAML cannot hold.
             self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.config = parser.parse_object(given, stored)
+            if prints:
+                skipped = {"skip_none": "skip_null" in prints, "skip_default": "skip_default" in prints}
+                print(parser.dump(self.config, **skipped))
+                sys.exit(0)
         except (ArgumentError, TypeError, KeyError) as error:
             raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
         checks.check(self.command, self.config)
         if self.resumed and self.config.ckpt_path == "auto":
             self.is_finished = checks.is_finished(self.resumed, parser.parse_object(stored), self.config)
-        if self.command == "fit" and self.path and not self.is_finished:
+        if self.path and not self.is_finished and self.command in ("fit", "validate"):
+            checks.check_fixed(self.config, self.path, self.checkpoint)
+        if self.path and not self.is_finished and self.command == "fit":
             checks.check_resume(self.config, self.path, self.checkpoint, self.resumed)
 
     def _find_stored(self, word: str | None, name: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from lenet_pl import checkpoint, process, runs
+from lenet_pl import process, runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.callbacks import rounded_metrics
 from lenet_pl.cli import CLI
@@ -46,7 +46,7 @@ def fit(cli: CLI) -> None:
     if path is None:
         raise Failure("the training ended before its first epoch was finished, so there is nothing to score")
     if cli.config.test:
-        cli.path, cli.model = path, LitLeNet.of(checkpoint.load_ours(path, resume=False))
+        cli.path, cli.model = path, LitLeNet.load(path)
         report(cli)
         test(cli)  # last: ``auto`` takes a run with a score for finished
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
@@ -69,8 +69,9 @@ def test(cli: CLI) -> None:
     result |= {"n": int(metrics["n"]), "ckpt_path": str(cli.path), "seed": cli.config.seed_everything}
     if cli.trainer.is_global_zero:
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
-        folder = runs.folder_of(cli.path) or runs.beside(cli.path)
-        write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
+        if result["n"] == len(cli.datamodule.test_set[1]):  # trainer.limit_test_batches makes no score of the run
+            folder = runs.folder_of(cli.path) or runs.beside(cli.path)
+            write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def predict(cli: CLI) -> None:

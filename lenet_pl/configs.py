@@ -65,6 +65,8 @@ def read(name: str) -> str:
         if key.value in ("trainer", "model", "data") and not isinstance(value, yaml.MappingNode):
             line = key.start_mark.line + 1
             raise UsageError(f"config file {name}, line {line}: {key.value} has no settings; {_EXPECTED}")
+        if key.value == "name" and value.tag.endswith(":str"):
+            value.style = '"'  # otherwise jsonargparse reads 1e-3 as a number
     return str(yaml.serialize(tree, Dumper=yaml.SafeDumper, allow_unicode=False))
 
 
@@ -94,7 +96,7 @@ def with_home_folders(settings: Any) -> Any:
 
 def joined(stored: Any, given: Any) -> Any:
     """Joins stored callbacks (loggers, plugins) with given ones, which replace the stored ones of their class."""
-    if not isinstance(stored, list) or not isinstance(given, list):
+    if not isinstance(stored, list) or not isinstance(given, list) or not given:  # [] removes the stored ones
         return given
     classes = [one.class_path for one in given]
     return [one for one in stored if one.class_path not in classes] + given
@@ -109,11 +111,16 @@ def of_run(folder: Path) -> dict[str, Any]:
 def of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
     return {
-        "model": checkpoint["hyper_parameters"],
-        "data": _with_data_here(checkpoint["datamodule_hyper_parameters"]),
+        "model": _settings(checkpoint["hyper_parameters"]),
+        "data": _with_data_here(_settings(checkpoint["datamodule_hyper_parameters"])),
         "seed_everything": checkpoint["seed"] % 2**32,
         "trainer": {"precision": checkpoint.get("precision")},
     }
+
+
+def _settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what a stock LightningCLI stores beside the settings, such as ``_instantiator``."""
+    return {name: value for name, value in stored.items() if not name.startswith("_")}
 
 
 def _with_data_here(data: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def format_metric(name: str, value: float) -> str:
 def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
     """Formats a row of results.csv as a line to print."""
     metrics = [f"{name} {format_metric(name, row[name])}" for name in runs.METRICS if row[name] != ""]
-    return "  ".join([f"epoch {row['epoch']}/{max_epochs}", *metrics, f"{row['seconds']:.1f} s"])
+    most = f"/{max_epochs}" if max_epochs and max_epochs > 0 else ""  # -1: until something else ends the training
+    return "  ".join([f"epoch {row['epoch']}{most}", *metrics, f"{row['seconds']:.1f} s"])
 
 
 class Summary(Callback):

@@ -108,7 +108,10 @@ class FashionMNISTDataModule(LightningDataModule):
         return data.data.unsqueeze(1), data.targets
 
     def train_dataloader(self) -> TrainLoader:
-        """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks."""
+        """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks.
+
+        A loop without a Trainer calls ``set_epoch`` of the loader before each epoch; otherwise all have the same order.
+        """
         return TrainLoader(
             **self._shared_arguments(self.train_set),
             batch_size=self.batch_size,

@@ -57,19 +57,31 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
         if not reason.startswith(_GENERAL):
             names_class = reason.startswith("Problem with given class_path")
             return (f"{key[1]}=" if key and names_class else option) + explain(reason, command, ())
-    unknown = re.search(r"(?:unrecognized arguments: |does not accept option '|Option ')([^\s=']+)", flat)
+    unknown = re.search(r"(unrecognized arguments: |does not accept option '|Option ')([^\s=']+)", flat)
     if unknown:
-        name = unknown[1]
-        dashes = "--" if name.startswith("--") else ""
-        by_last_part = {option.split(".")[-1]: option for option in options}  # --lr probably means --model.lr
-        alike = difflib.get_close_matches(name.lstrip("-").split(".")[-1], by_last_part, 1, 0.75)
-        hint = f"; did you mean {dashes}{by_last_part[alike[0]]}?" if alike else ""
+        is_typed, name = unknown[1].startswith("unrecognized"), unknown[2]  # otherwise it stands in a config file
+        if is_typed and not name.startswith("-") and "." not in name:
+            return f"{name!r} stands alone; write its option before it, such as --config or --ckpt_path{remedy}"
+        alike = _nearest(name.lstrip("-").split(".")[-1], options)
+        hint = f"; did you mean {'--' if is_typed else ''}{alike}?" if alike else ""
         return f"unknown option {name}{hint}{remedy}"
     if not key:
         return shorten(flat) + remedy
     kinds = [_TYPES.get(kind, kind) for kind in map("".join, _EXPECTED.findall(flat))]
     expected = " or ".join(dict.fromkeys(kinds)) or "settings, such as --model.lr 0.001"
     return f"{option}expected {expected}{remedy}"
+
+
+def _nearest(word: str, options: Iterable[str]) -> str | None:
+    """Returns the option whose last part is or begins like ``word``: --lr means --model.lr, --seed seed_everything."""
+
+    def likeness(part: str) -> tuple[bool, float]:
+        return part.startswith(word), difflib.SequenceMatcher(None, word, part).ratio()
+
+    by_last_part = {option.split(".")[-1]: option for option in sorted(options)}
+    best = max(by_last_part, key=likeness, default="")
+    begins, ratio = likeness(best)
+    return by_last_part[best] if best and (begins or ratio >= 0.75) else None
 
 
 def tell(error: BaseException, code: int) -> int:

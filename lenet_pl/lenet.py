@@ -3,7 +3,8 @@
 In training it may be richer than LeNet-5: :func:`fold` then makes a plain LeNet-5 of it that computes the same.
 """
 
-from typing import Any, cast
+import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ class Conv2d(nn.Conv2d):
         """Returns ``[N, out_channels, H, W]`` for ``[N, in_channels, H, W]``."""
         if _is_compiled_for_gpu(x):
             maps: Tensor = as_product(x, self.weight, int(self.padding[0]))
-            return maps + cast(Tensor, self.bias)[:, None, None]
+            bias: Any = self.bias
+            return maps + bias[:, None, None]
         if torch.compiler.is_compiling() or not x.is_cpu:
             return super().forward(x)
         weight = self.weight.to(memory_format=torch.channels_last)
@@ -195,19 +197,26 @@ def fold(net: LeNet5) -> LeNet5:
     """Returns a plain LeNet-5 in evaluation mode that computes what ``net`` computes in evaluation mode.
 
     A composed kernel becomes the 5×5 kernel. Batch normalisation, which after the training is a scale and an offset for
-    each channel, becomes part of the weights and the bias before it.
+    each channel, becomes part of the weights and the bias before it. A net in which somebody has replaced layers is
+    returned as a copy instead.
     """
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    known = (nn.Linear, *norms, nn.ReLU if net.variant == "article" else nn.Tanh, AvgPool2d, Flatten, nn.Dropout)
+    all_layers = [*net.features, *net.classifier]
     weights: list[Any] = []  # the weight and bias of each layer
-    for layer in (*net.features, *net.classifier):
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            fuse: Any = fuse_linear_bn_weights if isinstance(layer, nn.BatchNorm1d) else fuse_conv_bn_weights
+    for layer in all_layers:
+        if isinstance(layer, norms):
+            fuse: Any = fuse_linear_bn_weights if weights[-1][0].ndim == 2 else fuse_conv_bn_weights
             statistics = (layer.running_mean, layer.running_var, layer.eps)
             weights[-1] = fuse(*weights[-1], *statistics, layer.weight, layer.bias)
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             weights.append((layer.weight, layer.bias))
     with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
         plain = LeNet5(net.variant).eval()
-    tensors = [tensor.detach() for pair in weights for tensor in pair]
+    tensors = [tensor.detach() for pair in weights for tensor in pair if tensor is not None]
+    is_known = all(type(layer) in known or isinstance(layer, Conv2d) for layer in all_layers)
+    if not is_known or [t.shape for t in tensors] != [t.shape for t in plain.state_dict().values()]:
+        return copy.deepcopy(net).eval()
     plain.load_state_dict(dict(zip(plain.state_dict(), tensors, strict=True)), assign=True)
     return plain
 

@@ -1,5 +1,6 @@
 """Training LeNet-5 with Lightning: loss, metrics, optimizer, learning rate."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ class LitLeNet(LightningModule):
 
     It logs ``train_loss train_acc val_loss val_acc test_loss test_acc`` once an epoch: the loss in nats per image, the
     accuracy as a fraction. The training metrics are running ones as in Keras: they are taken while the weights change.
-    A test also logs ``n``, the number of images.
+    A test also logs ``n``, the number of images. A derived class that overrides a hook calls the one of this class, too.
 
     Args:
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
@@ -83,11 +84,18 @@ class LitLeNet(LightningModule):
 
         It takes images that ``normalise`` in loader.py has scaled with mean 0.2860 and standard deviation 0.3530.
         """
-        return cls.of(checkpoint.load(runs.PRETRAINED))
+        return cls.load(runs.PRETRAINED)
 
     @classmethod
-    def of(cls, content: dict[str, Any]) -> "LitLeNet":
-        """Returns the net of a checkpoint's content, folded into the plain LeNet-5, in evaluation mode."""
+    def load(cls, path: str | Path) -> "LitLeNet":
+        """Returns the net of a checkpoint, folded into the plain LeNet-5, in evaluation mode.
+
+        Lightning's ``load_from_checkpoint`` returns the net as it trains, and does not verify the file.
+
+        Raises:
+            CheckpointError: If the file is missing, damaged, or holds more than plain values, see ``checkpoint.load``.
+        """
+        content = checkpoint.load(path)
         model = cls(**content["hyper_parameters"])
         model.load_state_dict(content["state_dict"])
         model.net = fold(model.net)
@@ -105,6 +113,7 @@ class LitLeNet(LightningModule):
     def setup(self, stage: str) -> None:
         """Takes the seed of the training."""
         if stage == "fit":
+            self.random_state = torch.get_rng_state()
             self.seed = training_seed(self.trainer)
             blocks.switch(self, on=False)  # a training that failed may have left them on
             self.trainer.optimizers = []  # those of the trainer's training before
@@ -127,7 +136,6 @@ class LitLeNet(LightningModule):
         Raises:
             UsageError: If ``one_cycle`` has no end, or batch normalisation would get a single image.
         """
-        self.random_state = torch.get_rng_state()
         loader: Any = self.trainer.train_dataloader
         if self.hparams["batch_norm"] and isinstance(loader, TrainLoader):
             fits = loader.batch_size > 1 and loader.share % loader.batch_size != 1

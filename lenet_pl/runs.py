@@ -136,7 +136,9 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
     known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
     names = list(dict.fromkeys(map(str, known)))
     similar = ", ".join(difflib.get_close_matches(word, names) or names[:3])
-    advice = f"Give one of these: {similar}" if names else f"There are no checkpoints yet; this trains one: {TRAIN}"
+    advice = f"There is none yet but the package's, pretrained; this trains one: {TRAIN}"
+    if names:
+        advice = f"Give one of these: {similar}"
     raise CheckpointError(f"{problem}.\n{advice}")
 
 

@@ -8,6 +8,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
+from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl.callbacks import RunFolder, RunLogger
 from lenet_pl.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
@@ -49,9 +50,12 @@ def trainer_options(
     def has(kind: type[Callback]) -> bool:
         return any(isinstance(callback, kind) for callback in callbacks)
 
+    plugins = _listed(options.plugins)
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
     changed: dict[str, Any] = {
         "callbacks": callbacks,
-        "plugins": [*_listed(options.plugins), AtomicCheckpointIO()],
+        "plugins": plugins,
         "enable_model_summary": False,  # Summary is ours
     }
     if run_writer:

@@ -17,7 +17,7 @@ def main(path: Path) -> None:
     """Writes the package's file from the checkpoint ``path``."""
     content = checkpoint.load_ours(path, resume=False)
     kept = {name: content[name] for name in (*checkpoint.KEYS, *checkpoint.OURS, "precision")}
-    kept["state_dict"] = LitLeNet.of(content).state_dict()
+    kept["state_dict"] = LitLeNet.load(path).state_dict()
     kept["hyper_parameters"] |= {"batch_norm": False, "composed_kernels": False, "compile": False}
     checkpoint.AtomicCheckpointIO().save_checkpoint(kept, runs.PRETRAINED)
     print(f"{runs.PRETRAINED}: {runs.PRETRAINED.stat().st_size / 1000:,.0f} kB")

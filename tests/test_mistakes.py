@@ -328,7 +328,7 @@ def test_nothing_to_resume_or_to_score(cli, workdir):
     ):
         code, _, err = cli(*command.split())
         assert code == 2
-        check_message(err, repr(name), "no checkpoints yet", "fit --config lenet\n")
+        check_message(err, repr(name), "none yet but the package's", "fit --config lenet\n")
     assert [p.name for p in workdir.iterdir()] == ["data"]
 
 

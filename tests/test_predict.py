@@ -124,7 +124,7 @@ def test_names_are_shown_as_they_are(trained, workdir, monkeypatch):
     code, out, err = trained("predict", "--data.images", "mine", "--output", "$x[/y]$")
     assert (code, err) == (0, "")
     assert "7 classified, 1 not" in out
-    assert "all: $x[/y]$/predictions.csv" in out
+    assert "written: $x[/y]$/predictions.csv and $x[/y]$/predictions.png" in out
     there = {row["file"]: row for row in rows("$x[/y]$/predictions.csv")}
     for path in paths:
         assert there[str(path).replace("\udcff", "\\xff")]["label"]

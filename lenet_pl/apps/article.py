@@ -18,14 +18,15 @@ WHY = {
     "training accuracy": "Ours is counted during the scored epoch, while the weights still change. The article took "
     "its own after the training; its last epoch's line says 98.50%. A closer fit to the training images says little "
     "about new ones.",
-    "training loss": "It is counted like the training accuracy, and label smoothing raises it. The line of the "
-    "article's last epoch says 0.0421.",
+    "training loss": "It is counted like the training accuracy{smoothing}. The line of the article's last epoch says "
+    "0.0421.",
     "training images": "The others are held out for validation. The test images have no part in any choice.",
     "scored epoch": "Later epochs fit the training images ever more closely. Validation images show when that stops "
     "helping with new ones; a run without them is scored by its last epoch.",
     "pixels": "Pixels with mean 0 and variance 1 scale the first steps better.",
     "batch size": "Larger batches give fewer and less noisy steps, and allow a larger learning rate.",
-    "learning rate": "Another rate fits another batch size. In one cycle, large steps come first and fine ones last.",
+    "learning rate": "Another rate fits another batch size. In one cycle it rises to its peak and then falls to "
+    "nearly zero, so that the last steps are fine ones.",
     "Adam's ε": "Each is its library's default. The difference matters only for weights with tiny gradients.",
     "first weights": "Uniform weights are PyTorch's default, and in the linear layers smaller than Keras's. Among "
     "orthogonal ones no two filters begin alike, so fewer seeds begin badly.",
@@ -57,7 +58,7 @@ def rows(
     at_the_peak = " at the peak of one cycle" if settings["schedule"] == "one_cycle" else ""
     parameters = sum(parameter.numel() for parameter in model.net.parameters())
     table += [
-        ("scored epoch", "30 of 30", f"{epoch} of {len(results)}" if results else str(epoch)),
+        ("scored epoch", "30 of 30", f"{epoch} of {results[-1]['epoch']}" if results else str(epoch)),
         ("training images", "60,000", f"{len(data.train_set[1]):,}"),
         ("pixels", "x / 255", "x / 255" if plain else f"(x / 255 − {data.mean}) / {data.std}"),
         ("batch size", "32", str(data.batch_size)),
@@ -69,7 +70,8 @@ def rows(
     ]
     points = f"{100 * (accuracy - TEST_ACCURACY):+.2f}".replace("-", "−")
     error = 100 * (accuracy * (1 - accuracy) / len(data.test_set[1])) ** 0.5
-    why = WHY | {"test accuracy": WHY["test accuracy"].format(points=points, error=error)}
+    smoothing = ", and label smoothing raises it" if settings["label_smoothing"] else ""
+    why = {what: text.format(points=points, error=error, smoothing=smoothing) for what, text in WHY.items()}
     return [(what, there, here, "the same" if there == here else why[what]) for what, there, here in table]
 
 

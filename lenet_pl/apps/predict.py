@@ -41,13 +41,15 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     predictions = _predictions(data, probabilities)
     classified = [i for i, prediction in enumerate(predictions) if not prediction.error]
     print(_table(predictions[:SHOWN]))
-    write_atomic(folder / "predictions.csv", _csv(predictions).encode())
+    written = [folder / "predictions.csv"]
+    write_atomic(written[0], _csv(predictions).encode())
     if classified:
         rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
-        write_atomic(folder / "predictions.png", plots.png(plots.predictions(rows)))
+        written.append(folder / "predictions.png")
+        write_atomic(written[1], plots.png(plots.predictions(rows)))
     rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
     print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
-    print(f"all: {one_line(folder / 'predictions.csv')}")
+    print(f"written: {' and '.join(map(one_line, written))}")
     if not classified:
         raise Failure(f"none of the {len(predictions)} files is a readable picture; see the reasons above")
 

@@ -117,6 +117,6 @@ def origin(results: Sequence[Mapping[str, str]]) -> str:
     seconds = sum(float(row["seconds"]) for row in results)
     training = f"The training took {seconds:,.0f} s for {len(results)} epochs. " if results else ""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
-    machine = f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
     now = datetime.now().astimezone().isoformat(" ", "seconds")
     return f"{training}lenet_pl {__version__} wrote this page at {now} with {versions} on {machine}."
