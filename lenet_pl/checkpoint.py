@@ -150,7 +150,7 @@ def is_unfinished(trainer: Trainer) -> bool:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Writes best.ckpt: the epoch with the highest ``val_acc``, and of equal ones the earliest."""
+    """Writes best.ckpt: the epoch with the highest ``val_acc``, of equal ones the earliest; none without validation."""
 
     def __init__(self) -> None:
         super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)

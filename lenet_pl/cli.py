@@ -187,7 +187,7 @@ class CLI(LightningCLI):
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
             self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed, self.path)
-        kwargs |= trainer_options(options, self.run_writer, self.datamodule, self.checkpoint.get("global_step", 0))
+        kwargs |= trainer_options(options, self.run_writer, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         trainer: Trainer = super().instantiate_trainer(**kwargs)

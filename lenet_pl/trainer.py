@@ -13,7 +13,6 @@ from lightning.pytorch.plugins import CheckpointIO
 from lenet_pl.callbacks import RunFolder, RunLogger
 from lenet_pl.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lenet_pl.console import EpochBar, Summary
-from lenet_pl.datamodule import FashionMNISTDataModule
 
 # Trainer's own defaults are 1000 epochs, and a validation of the untrained weights.
 TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
@@ -41,9 +40,7 @@ def set_threads(threads: int | None, devices: str) -> int:
     return threads
 
 
-def trainer_options(
-    options: Namespace, run_writer: RunFolder | None, data: FashionMNISTDataModule, step: int
-) -> dict[str, Any]:
+def trainer_options(options: Namespace, run_writer: RunFolder | None, step: int) -> dict[str, Any]:
     """Returns what a Trainer gets instead of the user's ``options``. A run resumes from the optimizer step ``step``."""
     callbacks = _listed(options.callbacks)
 
@@ -61,8 +58,7 @@ def trainer_options(
     if run_writer:
         callbacks.append(run_writer)
         if options.enable_checkpointing is not False:
-            validates = data.val_size and options.limit_val_batches != 0
-            callbacks += [BestCheckpoint(), LastCheckpoint()] if validates else [LastCheckpoint()]
+            callbacks += [BestCheckpoint(), LastCheckpoint()]
         if options.enable_model_summary is not False and not has(ModelSummary):
             callbacks.append(Summary())
         if options.max_time and not has(Timer):  # beside a user's, Lightning says that it ignores max_time
