@@ -25,7 +25,8 @@ def is_ready(optimizer: Optimizer) -> bool:
     hooks += [parameter._post_accumulate_grad_hooks for parameter in groups[0]["params"]]
     if any(hooks):
         return False
-    return all(parameter.requires_grad and parameter in optimizer.state for parameter in groups[0]["params"])
+    parameters = groups[0]["params"]
+    return all(weight.requires_grad and weight.is_contiguous() and weight in optimizer.state for weight in parameters)
 
 
 @torch.no_grad()
@@ -36,11 +37,8 @@ def step(optimizer: Adam, loss: Tensor) -> None:
     """
     group = optimizer.param_groups[0]
     parameters = group["params"]
-    gradients = []
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        if gradient.stride() != parameter.stride():  # fused Adam reads both as they lie in memory
-            gradient = torch.empty_like(parameter).copy_(gradient)
-        gradients.append(gradient)
+    # Fused Adam reads gradients and parameters as they lie in memory.
+    gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, parameters)]
     states = [optimizer.state[parameter] for parameter in parameters]
     beta1, beta2 = group["betas"]
     options = ("foreach", "fused", "decoupled_weight_decay", "amsgrad", "lr", "weight_decay", "eps", "maximize")
