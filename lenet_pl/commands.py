@@ -117,11 +117,9 @@ def run(command: str, args: list[str]) -> int:
     try:
         cli = CLI(command, args)
         _FUNCTIONS[command](cli)
-    except process.Stopped as stop:
-        if command == "fit":
-            say(f"stopped by {stop.name}{_how_to_go_on(cli)}", file=sys.stderr)
-        return int(stop.code or 0)
-    except SystemExit as leave:  # --help, --print_config, or a callback
+    except SystemExit as leave:  # a signal, --help, --print_config, or a callback
+        if isinstance(leave, process.Stopped) and command == "fit":
+            say(f"stopped by {leave.name}{_how_to_go_on(cli)}", file=sys.stderr)
         if isinstance(leave.code, str):
             return tell(Failure(leave.code), 1)
         return int(leave.code or 0)
