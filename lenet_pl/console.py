@@ -67,9 +67,6 @@ class Summary(Callback):
 class EpochBar(RichProgressBar):
     """The progress of an epoch on a terminal, with the metrics of the last finished epoch."""
 
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=5)  # Lightning's 100 times a second would slow the training down
-
     def _get_train_description(self, current_epoch: int) -> str:  # Lightning has no public hook for it
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1 like results.csv
 

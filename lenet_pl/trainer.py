@@ -73,7 +73,7 @@ def trainer_options(options: Namespace, run_writer: RunFolder | None, step: int)
     if shows_bar is None:
         shows_bar = sys.stdout.isatty() and not options.barebones
     if shows_bar and not has(ProgressBar):
-        callbacks.append(EpochBar())
+        callbacks.append(EpochBar(refresh_rate=5))  # Lightning's 100 times a second would slow the training down
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
         if not has(kind):  # otherwise Lightning adds its own
             changed[option] = False
