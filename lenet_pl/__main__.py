@@ -87,12 +87,9 @@ def _main(args: list[str]) -> int:
             return int(stop.code or 0)
     later = [name for name in COMMANDS if name in args]
     near = difflib.get_close_matches(args[0].lower(), COMMANDS, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
     if args[0].startswith("-") and later:
         hint = f"the command comes first: python -m lenet_pl {later[0]} {args[0]} ..."
-    elif near:
-        hint = f"did you mean {near[0]!r}?"
-    else:
-        hint = f"expected one of {', '.join(COMMANDS)}"
     print(f"error: {args[0]!r} is not a command; {hint}", file=sys.stderr)
     return 2
 
