@@ -98,7 +98,7 @@ class RunFolder(Callback):
 
     def _resume(self, folder: Path) -> None:
         """Saves the settings with which a run resumes, and drops what is newer than its finished epochs."""
-        self.rows = [row for row in self.rows if int(float(row["epoch"])) <= self.finished]
+        self.rows = [row for row in self.rows if int(row["epoch"]) <= self.finished]
         write_atomic(folder / runs.CONFIG, self.config.encode())
         for outdated in (runs.FINISHED, runs.SCORE, runs.REPORT):
             (folder / outdated).unlink(missing_ok=True)

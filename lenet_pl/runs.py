@@ -164,7 +164,7 @@ def read_results(folder: Path) -> list[dict[str, str]]:
         expected = ",".join(COLUMNS)
         found = ",".join(reader.fieldnames or COLUMNS)
         require(found == expected, f"the first line of {path} is {shorten(found, 80)!r}", f"{expected!r}")
-        return [row for row in reader if row["seconds"]]
+        return [row | {"epoch": str(int(float(row["epoch"])))} for row in reader if row["seconds"]]  # 1.0 becomes 1
 
 
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
