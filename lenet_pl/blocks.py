@@ -198,7 +198,7 @@ def run(
     trainer = module.trainer
     optimizer: Any = module.optimizers(use_pl_optimizer=False)
     trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
-    # Lightning sums the gradients of several processes. A search for NaN does not go into a graph.
+    # Several processes: Lightning sums their gradients. Anomaly detection: it cannot be recorded in a graph.
     direct = trainer.world_size == 1 and adam.is_ready(optimizer) and not torch.is_anomaly_enabled()
     if direct and module.device.type == "cuda" and optimizer.param_groups[0]["fused"]:
         return _run_as_graph(module, optimizer, block, forward, compiled)

@@ -75,9 +75,9 @@ class RunFolder(Callback):
                 state[name] = getattr(callback, name)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Ends a training at once that resumes where the patience of EarlyStopping was at its end.
+        """Ends the training at once if EarlyStopping had lost its patience before the resume.
 
-        A line says if validations do not fall on the end of each epoch.
+        Prints a line if no validation falls on the end of an epoch.
         """
         validates = trainer.enable_validation and trainer.is_global_zero
         if validates and trainer.num_training_batches % (trainer.val_check_batch or 1):
@@ -93,7 +93,7 @@ class RunFolder(Callback):
         """Starts the epoch's clock."""
         is_first = not self.started
         self.started = time.perf_counter()
-        if is_first and self.resumed and trainer.is_global_zero:  # no check of on_train_start has refused
+        if is_first and self.resumed and trainer.is_global_zero:  # by now every check of the settings has passed
             self._resume(self.resumed)
 
     def _resume(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class RunFolder(Callback):
             (folder / outdated).unlink(missing_ok=True)
         for half in folder.rglob(".*.tmp"):  # the stopped process was writing it
             half.unlink(missing_ok=True)
-        if self.ckpt_path:  # if this training is stopped before its next checkpoint, last.ckpt must mean this one
+        if self.ckpt_path:  # the next resume starts here, even if this training writes no checkpoint
             write_atomic(folder / runs.LAST, self.ckpt_path.read_bytes())
         runs.write_results(folder, self.rows)
 

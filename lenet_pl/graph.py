@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import Adam, adam
 
-# Fused Adam gives each 65,536 elements of a tensor to one processor. Smaller pieces keep more of them busy.
+# Fused Adam gives 65,536 elements of a tensor to one processor of the GPU. Smaller pieces keep more processors busy.
 PIECE = 4096
 
 

@@ -51,10 +51,11 @@ def as_product(x: Tensor, kernels: Tensor, padding: int) -> Tensor:
 
 
 class ComposedKernel(nn.Module):
-    """Makes a 5×5 kernel by composing two 3×3 kernels, with four times the channels of the wider side between them.
+    """Makes a 5×5 kernel of two 3×3 kernels, one after the other.
 
     The net computes with the 5×5 kernel, and Adam trains the two others. Together they have more weights, which lets
-    the net reach a higher accuracy (Guo, Alvarez & Salzmann, "ExpandNets", 2020). This is a parametrization of torch.
+    the net reach a higher accuracy (Guo, Alvarez & Salzmann, "ExpandNets", 2020). It is a parametrization of torch:
+    ``forward`` runs whenever a layer's ``weight`` is read, and ``right_inverse`` once, for the first weights.
     """
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
@@ -64,9 +65,9 @@ class ComposedKernel(nn.Module):
         return kernel.transpose(0, 1)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws the two kernels, orthogonal ones. Of ``weight`` only the shape matters."""
+        """Draws two orthogonal kernels for a layer of this shape; the values of ``weight`` are given up."""
         outputs, inputs = weight.shape[:2]
-        between = 4 * max(outputs, inputs)
+        between = 4 * max(outputs, inputs)  # channels
         first, second = weight.new_empty(between, inputs, 3, 3), weight.new_empty(outputs, between, 3, 3)
         return nn.init.orthogonal_(first, 2**0.5), nn.init.orthogonal_(second)
 

@@ -74,7 +74,7 @@ class LitLeNet(LightningModule):
             raise UsageError(f"model.{error}") from None
         self.metrics: Any = nn.ModuleDict()
         for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")  # a search for NaN waits for the GPU
+            self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")  # to look for NaN makes the host wait
             self.metrics[f"{stage}_acc"] = MulticlassAccuracy(10, average="micro", validate_args=False)
         self.seed = 0
 
@@ -118,7 +118,7 @@ class LitLeNet(LightningModule):
             blocks.switch(self, on=False)  # a training that failed may have left them on
             self.trainer.optimizers = []  # those of the trainer's training before
             for metric in self.metrics.values():
-                metric.reset()  # a validation before has made tensors that cannot be trained with
+                metric.reset()  # an earlier validation left inference tensors, which a training may not change
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""

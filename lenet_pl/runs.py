@@ -70,7 +70,8 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
     """
     found = []
     for folder in root.glob(f"{glob.escape(name) if name else '*'}/version_*"):
-        files = filter(os.path.isfile, (folder / CONFIG, folder / BEST, folder / LAST))  # no error without permission
+        # Path.is_file would raise an error in a folder without permission.
+        files = filter(os.path.isfile, (folder / CONFIG, folder / BEST, folder / LAST))
         written = [path.stat().st_mtime_ns for path in files]
         if written and version(folder) >= 0:
             found.append((max(written), version(folder), folder))
@@ -79,7 +80,7 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 
 def folder_of(ckpt_path: Path) -> Path | None:
     """Returns the run folder in which a checkpoint lies, or None."""
-    # A relative path is shorter in messages. One from within the run folder has too few parts, so it becomes absolute.
+    # A relative path stays one, because it is shorter in messages, unless the current folder is the run's.
     is_inside = not ckpt_path.parent.parent.name
     parent = ckpt_path.absolute().parent if is_inside else ckpt_path.parent
     is_run = parent.name == CHECKPOINTS and (parent.parent / CONFIG).is_file()

@@ -61,8 +61,8 @@ OWN = {"seed_everything", "name", "ckpt_path", "test"}  # options of fit that ea
 COLUMNS = ("test_acc", "val_acc", "train_acc", "train_loss", "seconds", "s/epoch")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; for more the last one, a little too wide.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Queues a trial anew that was killed, or whose command was; not for ever, because it may be what kills.
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+# Queues a killed trial again, or one whose command was killed; ten times at most, in case the trial is the cause.
 queue_again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=10)
 stopped: list[int] = []  # the exit code of each signal that asked this command to stop
 
