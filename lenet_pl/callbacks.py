@@ -77,7 +77,7 @@ class RunFolder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Ends the training at once if EarlyStopping had lost its patience before the resume.
 
-        Prints a line if no validation falls on the end of an epoch.
+        Prints a line if validations do not fall on the end of each epoch.
         """
         validates = trainer.enable_validation and trainer.is_global_zero
         if validates and trainer.num_training_batches % (trainer.val_check_batch or 1):

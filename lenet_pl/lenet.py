@@ -4,6 +4,7 @@ In training it may be richer than LeNet-5: :func:`fold` then makes a plain LeNet
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,10 +141,7 @@ class LeNet5(nn.Module):
         self.variant, self.is_plain = variant, not (batch_norm or composed_kernels)
         article = variant == "article"
         side = 7 if article else 5
-
-        def activation() -> nn.Module:
-            return nn.ReLU(inplace=True) if article else nn.Tanh()
-
+        activation = partial(nn.ReLU, inplace=True) if article else nn.Tanh
         self.features = nn.Sequential(  # [N, 1, 28, 28]
             Conv2d(1, 6, 5, padding=2),  # [N, 6, 28, 28]
             activation(),

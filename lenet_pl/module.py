@@ -23,7 +23,7 @@ class LitLeNet(LightningModule):
 
     It logs ``train_loss train_acc val_loss val_acc test_loss test_acc`` once an epoch: the loss in nats per image, the
     accuracy as a fraction. The training metrics are running ones as in Keras: they are taken while the weights change.
-    A test also logs ``n``, the number of images. A derived class that overrides a hook calls the one of this class, too.
+    A test also logs ``n``, the number of images. A derived class that overrides a hook calls the one of this class too.
 
     Args:
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
