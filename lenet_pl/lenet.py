@@ -24,9 +24,9 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, out_channels, H, W]`` for ``[N, in_channels, H, W]``."""
         if _is_compiled_for_gpu(x):
-            maps: Tensor = as_product(x, self.weight, int(self.padding[0]))
             bias: Any = self.bias
-            return maps + bias[:, None, None]
+            maps: Tensor = as_product(x, self.weight, int(self.padding[0])) + bias[:, None, None]
+            return maps
         if torch.compiler.is_compiling() or not x.is_cpu:
             return super().forward(x)
         weight = self.weight.to(memory_format=torch.channels_last)
