@@ -103,6 +103,8 @@ def switch(module: LightningModule, on: bool) -> None:
 def _objection(trainer: Trainer) -> str | None:
     """Returns what needs to see each step by itself, as the end of a sentence, or None."""
     defaults = {
+        "fast_dev_run": False,
+        "overfit_batches": 0.0,
         "max_steps": -1,
         "min_steps": None,
         "limit_train_batches": 1.0,  # all batches, whereas the integer 1 is one batch

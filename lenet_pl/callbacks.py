@@ -157,7 +157,9 @@ class RunFolder(Callback):
         folder, done = self.create(), self.finished
         reason = _reason(trainer, done)
         if trainer.is_global_zero:
-            if not self.started:  # nothing was left to train, so no epoch has saved the settings
+            if not self.started:
+                print("Nothing was left to train. To train longer, give a larger --trainer.max_epochs.")
+                # No epoch has saved the settings.
                 write_atomic(folder / runs.CONFIG, self.config.encode())
             if done:  # otherwise ``auto`` begins it again
                 write_atomic(folder / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())

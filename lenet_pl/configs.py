@@ -58,7 +58,8 @@ def read(name: str) -> str:
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"config file {name}{line}: {problem or 'this is not YAML'}; {_EXPECTED}") from error
     except (OSError, ValueError) as error:  # a folder, bytes that are not UTF-8, a date that does not exist
-        raise UsageError(f"config file {name}: {error}; expected YAML in UTF-8") from error
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"config file {name!r}: {why}; expected YAML in UTF-8") from error
     if not isinstance(tree, yaml.MappingNode):
         raise UsageError(f"config file {name}: {_EXPECTED}")
     for key, value in tree.value:

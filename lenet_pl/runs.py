@@ -133,7 +133,8 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
             found = scored_checkpoint(runs[0]) if kind == "best" else runs[0] / LAST
             if found and found.is_file():
                 return found
-            problem = f"Checkpoint {word!r} does not exist: the newest run{of_name}, {runs[0]}, has finished no epoch"
+            lacks = f"the newest run{of_name}, {runs[0]}, has no checkpoint of a finished epoch"
+            problem = f"Checkpoint {word!r} does not exist: {lacks}"
     known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
     names = list(dict.fromkeys(map(str, known)))
     similar = ", ".join(difflib.get_close_matches(word, names) or names[:3])

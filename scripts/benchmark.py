@@ -239,7 +239,7 @@ def main() -> int:
     """Runs the benchmark; returns 1 if the comparison is void or ``fast.yaml`` misses the article's accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round, one epoch, half the images: under 2 minutes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each contestant (default 5)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of a run; the first does not count (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the libraries' choice)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
@@ -248,13 +248,13 @@ def main() -> int:
     parser.add_argument("--linearity", action="store_true", help="only the time per image by number of images")
     here = sys.executable if find_spec("keras") else None
     parser.add_argument("--keras", metavar="PYTHON", default=here, help="one that has keras (default: this, if it has)")
-    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--data_dir", default="data", help="folder with the images (default data)")
     args = parser.parse_args()
     args.data_dir = str(Path(args.data_dir).absolute())
     if args.quick:
         args.rounds = args.epochs = 1
-    if min(args.rounds, args.epochs) < 1:
-        parser.error("--rounds and --epochs: expected at least 1")
+    if min(args.rounds, args.epochs, 1 if args.threads is None else args.threads) < 1 or args.workers < 0:
+        parser.error("--rounds, --epochs and --threads: expected at least 1; --workers: at least 0")
     download = "import sys; from lenet_pl import download; download.ensure(sys.argv[1])"
     if args.keras:  # a full path: the children run in other folders
         found = shutil.which(args.keras) or parser.error(f"--keras {args.keras}: expected a python program")

@@ -10,8 +10,9 @@ short resumes from its last epoch. To use more machines, give it on each (or as 
 command that died. ``optuna-dashboard sqlite:///runs/trials.db`` shows them.
 
 A trial is a process, ``fit --ckpt_path auto`` into ``runs/<recipe>-<hash of the settings>-seed<S>``; further arguments,
-such as ``--trainer.max_epochs 30``, go to ``fit``. A search draws its settings with TPE, from whole numbers between
-whole bounds, and ends a trial early that does worse than the median. Trials are compared by validation accuracy and
+such as ``--trainer.max_epochs 30``, go to ``fit``. A search draws its settings with TPE, and ends a trial early that
+does worse than the median. Bounds without a point draw whole numbers: ``0..3`` means 0, 1, 2 or 3, and ``0.0..3.0`` all
+between. Trials are compared by validation accuracy and
 read no test image; ``--final`` scores a recipe that is chosen on the test images. The table goes to the screen and to
 ``runs/<study>.md``; the last line is JSON.
 
@@ -83,12 +84,12 @@ class Plan:
         # The settings that differ, and their values: {"model.dropout": "0,0.05"}
         self.space = {name: values for name, _, values in (item.partition("=") for item in args.grid or args.search)}
         self.settings = self._ask_fit()  # those that all trials share
-        self.runs.mkdir(parents=True, exist_ok=True)
         self.study = f"{self.recipe}-{digest(self.settings, self.space, bool(args.search), args.final)}"
         self.images = 10_000 if args.final else self.settings["data.val_size"]
         if not self.images:
             remedy = "add --data.val_size 10000, or --final if it is chosen and the test images shall score it"
             raise UsageError(f"{self.recipe} has no validation images to compare trials by: {remedy}")
+        self.runs.mkdir(parents=True, exist_ok=True)
         self.jobs: dict[str, tuple[dict[str, str], int]] = {}  # settings and seed of a trial by its name in the queue
         if args.search:
             self.jobs = {f"trial {k}": ({}, 0) for k in range(args.trials)}

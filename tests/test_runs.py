@@ -50,7 +50,7 @@ def test_best_is_never_silently_an_older_runs(here: Path) -> None:
     assert find("best") == last
     touch(Path("runs/fast/version_0/config.yaml"), seconds=3)  # a run in its first epoch
     for name in ("best", "last"):
-        assert "the newest run, runs/fast/version_0, has finished no epoch" in lost(name)
+        assert "the newest run, runs/fast/version_0, has no checkpoint of a finished epoch" in lost(name)
     assert find("best", name="lenet") == Path("runs/lenet/version_0/checkpoints/best.ckpt")
     assert "there is no run of the name 'zoo'" in " ".join(lost("last", name="zoo").split())
 
