@@ -12,11 +12,11 @@ To use it in another project:
 2. The LightningModule has ``takes_blocks = True`` in its class, and its ``training_step`` hands a ``Block`` to
    :func:`run` and returns None. It sets its learning rate in ``on_before_optimizer_step``.
 
-Private names of Lightning stand in this file; two others are in cli.py (signals) and console.py (progress bar). Here
-most of them are needed for three reasons, each with the number of Lightning's issue or pull request:
+Private names of Lightning stand in this file; two others are in cli.py (signals) and console.py (progress bar). Most
+are needed here because of three gaps in Lightning, each with the number of its issue or pull request:
 
 - Lightning does not count the steps of an optimizer that it has not wrapped (17281), so this file counts them.
-- It keeps one count for automatic and one for manual optimization (11848), which are made equal here.
+- It counts automatic and manual optimization apart (11848), so :func:`prepare` copies one count into the other.
 - ``_batches_that_stepped`` is the step that loggers show (11805). A block adds all its steps to it.
 """
 
@@ -136,6 +136,7 @@ def _objection(trainer: Trainer) -> str | None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if getattr(callback, "takes_blocks", False):
             continue
+        # The nearest class that is Lightning's or ours. What that class overrides is known to be harmless.
         known = next(kind for kind in type(callback).__mro__ if kind.__module__.startswith(("lightning.", "lenet_pl.")))
         if hook := _overridden_hook(callback, known if _ignores_steps(callback) else Callback):
             return f"{type(callback).__name__} looks at single steps ({hook})"

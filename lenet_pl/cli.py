@@ -107,7 +107,7 @@ class CLI(LightningCLI):
             for key in OBJECTS:
                 if key in given:
                     given[key] = configs.joined(stored.get(key), given[key])
-            # config.yaml gets them as the user gave them: jsonargparse adds defaults that YAML cannot hold.
+            # Kept for config.yaml: after parsing, they contain defaults that YAML cannot hold.
             self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.config = parser.parse_object(given, stored)
             if prints:

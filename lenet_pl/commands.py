@@ -89,7 +89,7 @@ def report(cli: CLI) -> None:
     assert cli.path is not None
     if cli.trainer.is_global_zero:
         cli.model.to(cli.trainer.strategy.root_device)
-        say(f"report: {one_line(app.write(cli.path, cli.model, cli.datamodule))}")
+        print(f"report: {one_line(app.write(cli.path, cli.model, cli.datamodule))}")
 
 
 def export(cli: CLI) -> None:

@@ -49,7 +49,7 @@ class BlockGraph:
             self.counts += counts
         self.settings: list[Any] = []
         # The graph, its inputs and its results for each shape of a block: its samples, and those of a mini-batch.
-        # None: a block of that shape has run once, and is not recorded yet.
+        # None: a block of that shape has run once, and the next one is recorded.
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None] = {}
 
     def __call__(self, fields: list[Tensor], batch_size: int, rates: list[float]) -> list[Tensor]:

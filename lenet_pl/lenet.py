@@ -1,6 +1,6 @@
 """The network: the article's LeNet-5 and the 1998 original, in plain torch.
 
-In training it may be richer than LeNet-5: :func:`fold` then makes a plain LeNet-5 of it that computes the same.
+In training it may have more weights: :func:`fold` then makes a plain LeNet-5 of it that computes the same.
 """
 
 import copy
@@ -46,7 +46,7 @@ def as_product(x: Tensor, kernels: Tensor, padding: int) -> Tensor:
     windows = F.pad(x, 4 * [padding]).unfold(2, size, 1).unfold(3, size, 1)  # [N, C, H, W, K, K]
     n, _, h, w = windows.shape[:4]
     windows = windows.permute(0, 2, 3, 1, 4, 5).reshape(n, h * w, -1)  # [N, H * W, C * K * K]
-    # One product for each image: in the backward pass, one for all images would leave most of the GPU idle.
+    # One product for each image. A single one for all would occupy only a small part of the GPU in the backward pass.
     maps = windows.bmm(kernels.flatten(1).t().expand(n, -1, -1))  # [N, H * W, O]
     return maps.transpose(1, 2).reshape(n, -1, h, w)
 

@@ -102,9 +102,9 @@ class LitLeNet(LightningModule):
         return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``. Without gradients the net is folded.
+        """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``.
 
-        In training it is not, even if the user has set it to evaluation mode to keep its statistics.
+        Where gradients are needed the net is used as it is, even in evaluation mode; otherwise it is folded first.
         """
         net = self.net if self.training or torch.is_grad_enabled() or self.net.is_plain else fold(self.net)
         logits: Tensor = net(images)
@@ -142,13 +142,13 @@ class LitLeNet(LightningModule):
             reason = "another size, because batch normalisation cannot take the single image of the last mini-batch"
             require(fits, f"data.batch_size={loader.batch_size}", reason)
         in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
-        if self.hparams["compile"] and not in_graph:  # there graph.py compiles the whole step
+        if self.hparams["compile"] and not in_graph:  # for a graph, graph.py compiles the whole step instead
             self.net.compile()
         ends = self.hparams["schedule"] == "constant" or blocks.total_steps(self.trainer) < float("inf")
         require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
 
     def on_train_epoch_start(self) -> None:
-        """Seeds dropout by the epoch, so that a resumed epoch draws the masks of an undisturbed one.
+        """Seeds dropout by the number of the epoch, so that a resumed epoch draws the same masks.
 
         The length of the schedule is set anew, because a callback may have changed the size of a batch.
         """
@@ -175,7 +175,7 @@ class LitLeNet(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler.
 
-        A CUDA graph reads its rates as float32. They are rounded to that here, so that single steps use the same.
+        A CUDA graph holds its rates as float32. Single steps on a GPU round theirs too, or their weights would differ.
         """
         if self.lr_schedulers():
             return
