@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lenet_pl import FashionMNISTDataModule, LeNet5
-from lenet_pl.lenet import ComposedKernel, as_product, fold
+from lenet_pl.convolution import as_product
+from lenet_pl.lenet import ComposedKernel, fold
 from lenet_pl.loader import normalise
 
 
