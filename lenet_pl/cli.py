@@ -121,8 +121,8 @@ class CLI(LightningCLI):
             self.is_finished = checks.is_finished(self.resumed, parser.parse_object(stored), self.config)
         if self.path and not self.is_finished and self.command in ("fit", "validate"):
             checks.check_fixed(self.config, self.path, self.checkpoint)
-        if self.path and not self.is_finished and self.command == "fit":
-            checks.check_resume(self.config, self.path, self.checkpoint, self.resumed)
+            if self.command == "fit":
+                checks.check_resume(self.config, self.path, self.checkpoint, self.resumed)
 
     def _find_stored(self, word: str | None, name: str | None) -> dict[str, Any]:
         """Finds and loads the checkpoint that the command starts from; returns its settings, or those of its run."""

@@ -40,8 +40,12 @@ def format_metric(name: str, value: float) -> str:
 def epoch_line(row: dict[str, Any], max_epochs: int | None) -> str:
     """Formats a row of results.csv as a line to print."""
     metrics = [f"{name} {format_metric(name, row[name])}" for name in runs.METRICS if row[name] != ""]
+    return "  ".join([_epoch_of(row["epoch"], max_epochs), *metrics, f"{row['seconds']:.1f} s"])
+
+
+def _epoch_of(epoch: int, max_epochs: int | None) -> str:
     most = f"/{max_epochs}" if max_epochs and max_epochs > 0 else ""  # -1: until something else ends the training
-    return "  ".join([f"epoch {row['epoch']}{most}", *metrics, f"{row['seconds']:.1f} s"])
+    return f"epoch {epoch}{most}"
 
 
 class Summary(Callback):
@@ -68,7 +72,7 @@ class EpochBar(RichProgressBar):
     """The progress of an epoch on a terminal, with the metrics of the last finished epoch."""
 
     def _get_train_description(self, current_epoch: int) -> str:  # Lightning has no public hook for it
-        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1 like results.csv
+        return _epoch_of(current_epoch + 1, self.trainer.max_epochs)  # counted from 1 like results.csv
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """Returns the metrics as text, with accuracies in per cent."""

@@ -42,13 +42,12 @@ def set_threads(threads: int | None, devices: str) -> int:
 
 def trainer_options(options: Namespace, run_writer: RunFolder | None, step: int) -> dict[str, Any]:
     """Returns what a Trainer gets instead of the user's ``options``. A run resumes from the optimizer step ``step``."""
-    callbacks = _listed(options.callbacks)
+    callbacks, plugins = _listed(options.callbacks), _listed(options.plugins)
 
-    def has(kind: type[Callback]) -> bool:
-        return any(isinstance(callback, kind) for callback in callbacks)
+    def has(kind: type[Callback | CheckpointIO]) -> bool:
+        return any(isinstance(piece, kind) for piece in (*callbacks, *plugins))
 
-    plugins = _listed(options.plugins)
-    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+    if not has(CheckpointIO):
         plugins.append(AtomicCheckpointIO())
     changed: dict[str, Any] = {
         "callbacks": callbacks,

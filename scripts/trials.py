@@ -12,9 +12,8 @@ command that died. ``optuna-dashboard sqlite:///runs/trials.db`` shows them.
 A trial is a process, ``fit --ckpt_path auto`` into ``runs/<recipe>-<hash of the settings>-seed<S>``; further arguments,
 such as ``--trainer.max_epochs 30``, go to ``fit``. A search draws its settings with TPE, and ends a trial early that
 does worse than the median. Bounds without a point draw whole numbers: ``0..3`` means 0, 1, 2 or 3, and ``0.0..3.0`` all
-between. Trials are compared by validation accuracy and
-read no test image; ``--final`` scores a recipe that is chosen on the test images. The table goes to the screen and to
-``runs/<study>.md``; the last line is JSON.
+between. Trials are compared by validation accuracy and read no test image; ``--final`` scores a recipe that is chosen
+on the test images. The table goes to the screen and to ``runs/<study>.md``; the last line is JSON.
 
 Where there is a GPU, ``fit`` chooses it by itself, and the trials of a machine share it; if its memory is too small for
 so many, give fewer ``--workers``. Of several GPUs a trial would take all; give the command once for each GPU instead,

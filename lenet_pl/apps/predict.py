@@ -41,12 +41,13 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     predictions = _predictions(data, probabilities)
     classified = [i for i, prediction in enumerate(predictions) if not prediction.error]
     print(_table(predictions[:SHOWN]))
-    written = [folder / "predictions.csv"]
-    write_atomic(written[0], _csv(predictions).encode())
+    table, picture = folder / "predictions.csv", folder / "predictions.png"
+    write_atomic(table, _csv(predictions).encode())
+    written = [table]
     if classified:
         rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
-        written.append(folder / "predictions.png")
-        write_atomic(written[1], plots.png(plots.predictions(rows)))
+        write_atomic(picture, plots.png(plots.predictions(rows)))
+        written.append(picture)
     rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
     print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
     print(f"written: {' and '.join(map(one_line, written))}")
