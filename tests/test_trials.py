@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
 
 import trials  # noqa: E402
+import trials_table  # noqa: E402
 
 # Takes the arguments of fit and leaves its files, an epoch a row; resumes, and trains nothing. Dropout is bad for it.
 # While there is a file "hold", it stands still after the third epoch.
@@ -58,8 +59,9 @@ for epoch in range(done + 1, epochs + 1):
 if given["test"] == "true":
     (folder / "test.json").write_text(json.dumps({"test_acc": accuracy - 0.02}))
 """
-START = "import sys; sys.path.insert(0, {scripts!r}); import trials; trials.FIT[:] = [sys.executable, {stub!r}, 'fit'];"
-START += "trials.PAUSE = 0.1; sys.argv[0] = 'scripts/trials.py'; sys.exit(trials.main())"
+START = "import sys; sys.path.insert(0, {scripts!r}); import trials, trials_plan, trials_queue;"
+START += "trials_plan.FIT[:] = [sys.executable, {stub!r}, 'fit']; trials_queue.PAUSE = 0.1;"
+START += "sys.argv[0] = 'scripts/trials.py'; sys.exit(trials.main())"
 
 
 @pytest.fixture
@@ -117,16 +119,16 @@ def rows(folder):
 def test_summary():
     half = 4.303 * 0.01 / math.sqrt(3)
     expected = {"mean": 0.91, "std": 0.01, "95 % from": 0.91 - half, "95 % to": 0.91 + half}
-    assert trials.summary([0.90, 0.91, 0.92]) == pytest.approx(expected)
-    assert trials.summary([0.9]) == {"mean": 0.9}
-    assert trials.summary([0.0, 1.0] * 10)["95 % to"] == pytest.approx(0.5 + 2.262 * math.sqrt(5 / 19 / 20))
+    assert trials_table.summary([0.90, 0.91, 0.92]) == pytest.approx(expected)
+    assert trials_table.summary([0.9]) == {"mean": 0.9}
+    assert trials_table.summary([0.0, 1.0] * 10)["95 % to"] == pytest.approx(0.5 + 2.262 * math.sqrt(5 / 19 / 20))
 
 
 def test_quantiles():
     def density(x, n):
         return math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi) * (1 + x * x / n) ** (-(n + 1) / 2)
 
-    for n, t in enumerate(trials.T, 1):  # Simpson's rule from 0 to t gives the other 47.5 %
+    for n, t in enumerate(trials_table.T, 1):  # Simpson's rule from 0 to t gives the other 47.5 %
         weights = [1, *[4, 2] * 499, 4, 1]
         area = sum(w * density(i * t / 1000, n) for i, w in enumerate(weights)) * t / 3000
         assert area == pytest.approx(0.475, abs=1e-4)
