@@ -62,6 +62,12 @@ def check(command: str, config: Namespace) -> None:
         fits = not isinstance(value, int | float) or value > 0 or (option, value) == ("max_steps", -1)
         require(fits, f"trainer.{option}={value}", "a number above 0")
     require(command == "fit" or not trainer.barebones, "trainer.barebones=true", "false, because it keeps no scores")
+    pictures = config.data.images
+    require(
+        command == "predict" or not pictures,
+        f"data.images={pictures}",
+        "the command predict, which alone reads it",
+    )
     if command == "validate":
         remedy = "images that were held out from the training; this net has none, so use test"
         require(config.data.val_size != 0, "data.val_size=0", remedy)

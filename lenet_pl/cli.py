@@ -197,9 +197,10 @@ class CLI(LightningCLI):
         return trainer
 
     def _saved_config(self, name: str) -> str:
-        """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run."""
+        """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run, with these versions."""
         config = self.config.clone()
         for key, value in self.given_objects.items():
             config[key] = value or config[key]
         config.name, config.ckpt_path = name, None
-        return str(self.parser.dump(config, skip_none=False, format="yaml"))
+        settings = self.parser.dump(config, skip_none=False, format="yaml")
+        return f"# Written by {runs.versions()}.\n{settings}"

@@ -9,12 +9,15 @@ import difflib
 import glob
 import io
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
+from lenet_pl import __version__
 from lenet_pl.atomic import write_atomic
 from lenet_pl.errors import CheckpointError, require, shorten
 
@@ -150,6 +153,12 @@ def refuse_url(path: str | Path) -> None:
         raise CheckpointError(
             f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read"
         )
+
+
+def versions() -> str:
+    """Returns the versions on which the bits of a result depend."""
+    packages = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "lightning"))
+    return f"lenet_pl {__version__}, {packages}, Python {platform.python_version()}"
 
 
 def read_results(folder: Path) -> list[dict[str, str]]:

@@ -74,6 +74,7 @@ WRONG_USE = [
     ("fit model.lr=0.1", "model.lr", "did you mean --model.lr?"),
     ("fit lenet", "'lenet' stands alone", "--config"),
     ("test best", "'best' stands alone", "--ckpt_path"),
+    ("test --data.images photos", "data.images=['photos']", "the command predict"),
     ("fit --name=", "name=''", "1 to 100 characters"),
     ("fit --model.learning_rate 3", "--model.learning_rate", "fit --help"),
     ("fit extra", "extra", "fit --help"),

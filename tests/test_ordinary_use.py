@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet
+from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet, __version__
 from lenet_pl.errors import CheckpointError
 from lenet_pl.lenet import fold
 
@@ -119,6 +119,13 @@ def test_a_name_that_yaml_could_take_for_a_value(cli, name):
     code, _, err = cli("fit", "--config", f"runs/{name}/version_0/config.yaml")
     assert (code, err) == (0, "")
     assert Path(f"runs/{name}/version_1/test.json").is_file()
+
+
+def test_config_names_the_versions(cli):
+    assert cli("fit", *TINY)[0] == 0
+    first = (RUN / "config.yaml").read_text().splitlines()[0]
+    assert f"torch {torch.__version__.partition('+')[0]}" in first
+    assert f"lenet_pl {__version__}" in first
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -5,7 +5,6 @@ import platform
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional import classification as metrics
 
-from lenet_pl import __version__, checkpoint, runs
+from lenet_pl import checkpoint, runs
 from lenet_pl.apps import article, plots
 from lenet_pl.apps.classifier import classify_test_images
 from lenet_pl.atomic import write_atomic
@@ -116,7 +115,6 @@ def origin(results: Sequence[Mapping[str, str]]) -> str:
     """Says how long the training took, and by what, where and when the page was written."""
     seconds = sum(float(row["seconds"]) for row in results)
     training = f"The training took {seconds:,.0f} s for {len(results)} epochs. " if results else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
     machine = f"{platform.platform()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
     now = datetime.now().astimezone().isoformat(" ", "seconds")
-    return f"{training}lenet_pl {__version__} wrote this page at {now} with {versions} on {machine}."
+    return f"{training}This page was written by {runs.versions()}, at {now}, on {machine}."
