@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
-from lenet_pl.checkpoint import BestCheckpoint, LastCheckpoint, is_unfinished
 from lenet_pl.console import epoch_line
 from lenet_pl.errors import Failure
+from lenet_pl.saving import BestCheckpoint, LastCheckpoint, is_unfinished
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class RunFolder(Callback):
     config: str  # the complete configuration, as YAML
     resumed: Path | None = None  # the folder of the run to resume, if any
     ckpt_path: Path | None = None  # from which it resumes; None if the run was stopped in its first epoch
-    takes_blocks = True  # it looks only at epochs, see blocks.py
+    knows_blocks = True  # it looks only at epochs, see blocks.py
     started = 0.0
     fastest = math.inf  # seconds of the fastest epoch
     warned = False

@@ -1,7 +1,4 @@
-"""Checkpoint files: they are written whole or not at all, verified before use, and cannot run code.
-
-The two callbacks at the end say which of them a run writes.
-"""
+"""Checkpoint files: they are written whole or not at all, verified before use, and cannot run code."""
 
 import io
 import os
@@ -13,8 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl import runs
@@ -85,6 +81,9 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         line = (str(error) or type(error).__name__).splitlines()[0][:120].rstrip(".")
         raise CheckpointError(f"{name} is damaged, cut off or not a checkpoint: {line}{_REMEDY}") from error
     _require(content, KEYS, name)
+    for settings in (content["hyper_parameters"], content.get("datamodule_hyper_parameters")):
+        if isinstance(settings, dict):
+            settings.pop("_instantiator", None)  # a stock LightningCLI adds it
     return content
 
 
@@ -103,6 +102,23 @@ def load_ours(path: Path, resume: bool) -> dict[str, Any]:
     content = load(path)
     _require(content, OURS | (_TRAINING if resume else {}), f"Checkpoint {str(path)!r}")
     return content
+
+
+def fill(module: LightningModule, content: dict[str, Any], path: str | Path) -> None:
+    """Gives a module the weights in the content of a checkpoint, which is that of the file ``path``.
+
+    Raises:
+        CheckpointError: If they are those of another net.
+    """
+    try:
+        module.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        variant = module.hparams["variant"]
+        difference = str(error).splitlines()[1].strip()[:150]
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} holds another net than model.variant={variant}: {difference}\n"
+            "Leave the --model options out, or give another file with --ckpt_path"
+        ) from error
 
 
 def _require(content: Any, keys: dict[str, type], name: str) -> None:
@@ -132,73 +148,3 @@ def _verified(file: IO[bytes]) -> io.BytesIO:
             target.writestr(zipfile.ZipInfo(member.filename), source.read(member))
     copy.seek(0)
     return copy
-
-
-# How our own checkpoints are written: after each epoch, over the previous file.
-EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-
-
-def is_unfinished(trainer: Trainer) -> bool:
-    """Says whether a callback, such as a Timer, has ended the training within this epoch or before its first step.
-
-    Such an epoch does not count: a resumed run trains it again. ``max_steps`` may end a training within an epoch, too;
-    its last weights were asked for.
-    """
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    is_asked_for = 0 < trainer.max_steps <= trainer.global_step
-    return trainer.should_stop and not is_asked_for and (batches.current.ready == 0 or not batches.is_last_batch)
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Writes best.ckpt: the epoch with the highest ``val_acc``, of equal ones the earliest; none without validation."""
-
-    def __init__(self) -> None:
-        super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)
-        self.validated_step = -1
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes which weights have the score."""
-        self.validated_step = trainer.global_step
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves if that was the best epoch, and if its last weights are those that were validated."""
-        if self.validated_step == trainer.global_step and not is_unfinished(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Takes over the score of best.ckpt, unless that is missing or of a later epoch than ``checkpoint``.
-
-        Otherwise the search starts afresh: if the old score stayed without its file, perhaps no later epoch would beat
-        it, and there would be no best.ckpt.
-        """
-        states = checkpoint["callbacks"]
-        states.pop(self.state_key, None)
-        try:
-            best = load_ours(self._best, resume=True)
-        except CheckpointError:  # it is missing or damaged
-            return
-        state = best["callbacks"].get(self.state_key)
-        if state and best["epoch"] <= checkpoint["epoch"]:
-            # The folder may have been moved.
-            states[self.state_key] = {**state, "dirpath": self.dirpath, "best_model_path": str(self._best)}
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Deletes a best.ckpt that is of a later epoch than the one from which the run resumes."""
-        if trainer.is_global_zero and not self.best_model_path:
-            self._best.unlink(missing_ok=True)
-
-    @property
-    def _best(self) -> Path:
-        return Path(str(self.dirpath), Path(runs.BEST).name)
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Writes last.ckpt after each epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__(filename=Path(runs.LAST).stem, **EACH_EPOCH)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves, unless the epoch is unfinished: no run could resume from there."""
-        if not is_unfinished(trainer):
-            super().on_train_epoch_end(trainer, pl_module)

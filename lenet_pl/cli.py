@@ -21,10 +21,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import checks, configs, runs
 from lenet_pl.callbacks import RunFolder
-from lenet_pl.checkpoint import load_ours
+from lenet_pl.checkpoint import fill, load_ours
 from lenet_pl.console import help_text
 from lenet_pl.datamodule import FashionMNISTDataModule
-from lenet_pl.errors import CheckpointError, UsageError, explain
+from lenet_pl.errors import UsageError, explain
 from lenet_pl.lenet import fold
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
@@ -94,8 +94,8 @@ class CLI(LightningCLI):
         pictures.add_argument("--data.images", dest="names", nargs="+", action="extend")
         try:
             taken, args = pictures.parse_known_args(args)
-            prints = next((arg for arg in args if arg.startswith("--print_config")), "")
-            given = parser.parse_args([arg for arg in args if arg != prints], defaults=False)
+            prints = [arg for arg in args if arg.startswith("--print_config")]
+            given = parser.parse_args([arg for arg in args if arg not in prints], defaults=False)
             if taken.names:
                 given["data.images"] = taken.names
             given = configs.with_home_folders(given)
@@ -111,7 +111,7 @@ class CLI(LightningCLI):
             self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.config = parser.parse_object(given, stored)
             if prints:
-                skipped = {"skip_none": "skip_null" in prints, "skip_default": "skip_default" in prints}
+                skipped = {"skip_none": "skip_null" in prints[0], "skip_default": "skip_default" in prints[0]}
                 print(parser.dump(self.config, **skipped))
                 sys.exit(0)
         except (ArgumentError, TypeError, KeyError) as error:
@@ -164,21 +164,15 @@ class CLI(LightningCLI):
         except UsageError:
             raise
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
-            text, accelerator = explain(str(error), self.command, ()), self.config.trainer.accelerator
+            text = explain(str(error), self.command, ())
+            accelerator = self.config.trainer.accelerator
             if accelerator not in ("auto", "cpu") and not torch.accelerator.is_available():
                 text += f"\nTo run on the CPU instead of {accelerator}: --trainer.accelerator cpu"
             raise UsageError(text) from error
-        if not self.checkpoint:
+        if self.path is None:
             return
-        try:
-            self.model.load_state_dict(self.checkpoint["state_dict"])
-        except RuntimeError as error:
-            variant, what = self.config.model.variant, str(error).splitlines()[1].strip()[:150]
-            raise CheckpointError(
-                f"Checkpoint {str(self.path)!r} holds another net than model.variant={variant}: {what}\n"
-                "Leave the --model options out, or give another file with --ckpt_path"
-            ) from error
-        if self.command != "fit":
+        fill(self.model, self.checkpoint, self.path)
+        if self.command not in ("fit", "validate"):  # both validate the net as it trains
             self.model.net = fold(self.model.net)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

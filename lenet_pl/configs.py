@@ -112,16 +112,11 @@ def of_run(folder: Path) -> dict[str, Any]:
 def of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that a checkpoint itself holds: model, data, seed and precision."""
     return {
-        "model": _settings(checkpoint["hyper_parameters"]),
-        "data": _with_data_here(_settings(checkpoint["datamodule_hyper_parameters"])),
+        "model": dict(checkpoint["hyper_parameters"]),
+        "data": _with_data_here(checkpoint["datamodule_hyper_parameters"]),
         "seed_everything": checkpoint["seed"] % 2**32,
         "trainer": {"precision": checkpoint.get("precision")},
     }
-
-
-def _settings(stored: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what a stock LightningCLI stores beside the settings, such as ``_instantiator``."""
-    return {name: value for name, value in stored.items() if not name.startswith("_")}
 
 
 def _with_data_here(data: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class FashionMNISTDataModule(LightningDataModule):
         UsageError: If an argument is out of its range.
     """
 
-    makes_blocks = True  # see blocks.py
+    knows_blocks = True  # see blocks.py
     train_set: Batch  # uint8 images and labels, like the next two; setup makes them
     val_set: Batch
     test_set: Batch

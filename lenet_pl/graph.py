@@ -86,7 +86,7 @@ class BlockGraph:
         finally:
             torch.set_float32_matmul_precision(precision)
         outputs, losses = zip(*results, strict=True)
-        return [torch.cat(outputs), torch.stack(losses)]
+        return [torch.cat(outputs), torch.cat(losses)]
 
     def _step(self, batch: Any, rate: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         torch.clear_autocast_cache()  # it holds bfloat16 copies of the weights as they were before the last step
@@ -100,7 +100,7 @@ class BlockGraph:
         options |= {"fused": self.fused, "foreach": not self.fused, "capturable": True}
         with torch.no_grad():
             self.update(self.weights, self.cut(gradients), *self.moments, [], self.counts, **options)
-        return outputs.detach(), loss.detach()
+        return outputs.detach(), loss.detach().expand(len(outputs))
 
 
 def _pieces(tensors: list[Tensor]) -> list[Tensor]:

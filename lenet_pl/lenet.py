@@ -101,7 +101,7 @@ class LeNet5(nn.Module):
             raise ValueError(f"init={init!r}: expected 'uniform' or 'orthogonal'")
         if batch_norm not in (False, True, "linear"):
             raise ValueError(f"batch_norm={batch_norm!r}: expected true, false or 'linear'")
-        self.variant, self.is_plain = variant, not (batch_norm or composed_kernels)
+        self.variant = variant
         article = variant == "article"
         side = 7 if article else 5
         activation = partial(nn.ReLU, inplace=True) if article else nn.Tanh

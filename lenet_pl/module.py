@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lenet_pl import blocks, checkpoint, runs
@@ -23,7 +23,7 @@ class LitLeNet(LightningModule):
 
     It logs ``train_loss train_acc val_loss val_acc test_loss test_acc`` once an epoch: the loss in nats per image, the
     accuracy as a fraction. The training metrics are running ones as in Keras: they are taken while the weights change.
-    A test also logs ``n``, the number of images. A derived class that overrides a hook calls the one of this class too.
+    A test also logs ``n``, the number of images. A derived class that overrides a hook must call ``super()``.
 
     Args:
         variant: ``"article"`` (107,786 parameters) or ``"classic"`` (1998; 61,706), see ``LeNet5``.
@@ -42,7 +42,7 @@ class LitLeNet(LightningModule):
         UsageError: If an argument is out of its range.
     """
 
-    takes_blocks = True  # see blocks.py
+    knows_blocks = True  # see blocks.py
 
     def __init__(
         self,
@@ -72,10 +72,12 @@ class LitLeNet(LightningModule):
             self.net = LeNet5(variant, dropout, init, batch_norm, composed_kernels)
         except ValueError as error:
             raise UsageError(f"model.{error}") from None
-        self.metrics: Any = nn.ModuleDict()
-        for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")  # to look for NaN makes the host wait
-            self.metrics[f"{stage}_acc"] = MulticlassAccuracy(10, average="micro", validate_args=False)
+        loss = MeanMetric(nan_strategy="disable")  # to look for NaN, the host would wait for a GPU
+        accuracy = MulticlassAccuracy(10, average="micro", validate_args=False)
+        metrics = MetricCollection({"loss": loss, "acc": accuracy}, compute_groups=False)
+        self.train_metrics = metrics.clone(prefix="train_")
+        self.val_metrics = metrics.clone(prefix="val_")
+        self.test_metrics = metrics.clone(prefix="test_")
         self.seed = 0
 
     @classmethod
@@ -93,32 +95,29 @@ class LitLeNet(LightningModule):
         Lightning's ``load_from_checkpoint`` returns the net as it trains, and does not verify the file.
 
         Raises:
-            CheckpointError: If the file is missing, damaged, or holds more than plain values, see ``checkpoint.load``.
+            CheckpointError: If the file is missing, damaged, of another net, or holds more than plain values.
         """
         content = checkpoint.load(path)
         model = cls(**content["hyper_parameters"])
-        model.load_state_dict(content["state_dict"])
+        checkpoint.fill(model, content, path)
         model.net = fold(model.net)
         return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``.
-
-        Where gradients are needed the net is used as it is, even in evaluation mode; otherwise it is folded first.
-        """
-        net = self.net if self.training or torch.is_grad_enabled() or self.net.is_plain else fold(self.net)
-        logits: Tensor = net(images)
+        """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``."""
+        logits: Tensor = self.net(images)
         return logits
 
     def setup(self, stage: str) -> None:
-        """Takes the seed of the training."""
+        """Takes the seed of a training, which starts in single steps."""
         if stage == "fit":
-            self.random_state = torch.get_rng_state()
             self.seed = training_seed(self.trainer)
-            blocks.switch(self, on=False)  # a training that failed may have left them on
-            self.trainer.optimizers = []  # those of the trainer's training before
-            for metric in self.metrics.values():
-                metric.reset()  # an earlier validation left inference tensors, which a training may not change
+            blocks.begin(self)
+
+    def on_fit_start(self) -> None:
+        """Empties the metrics: an earlier validation left inference tensors in them, which no training may change."""
+        self.train_metrics.reset()
+        self.val_metrics.reset()
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
@@ -136,6 +135,7 @@ class LitLeNet(LightningModule):
         Raises:
             UsageError: If ``one_cycle`` has no end, or batch normalisation would get a single image.
         """
+        self.random_state = torch.get_rng_state()
         loader: Any = self.trainer.train_dataloader
         if self.hparams["batch_norm"] and isinstance(loader, TrainLoader):
             fits = loader.batch_size > 1 and loader.share % loader.batch_size != 1
@@ -156,12 +156,12 @@ class LitLeNet(LightningModule):
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))
 
     def on_train_end(self) -> None:
-        """Gives the random numbers back, so that a second training in this process begins with other weights."""
+        """Restores the random state from before the training, so that the next net gets other first weights."""
         torch.set_rng_state(self.random_state)
 
     def teardown(self, stage: str) -> None:
-        """Restores automatic optimization where ``blocks.prepare`` has replaced it for this training."""
-        blocks.switch(self, on=False)
+        """Ends a training in blocks."""
+        blocks.end(self)
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of an optimizer step, counted from 0."""
@@ -175,7 +175,7 @@ class LitLeNet(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler.
 
-        A CUDA graph holds its rates as float32. Single steps on a GPU round theirs too, or their weights would differ.
+        A CUDA graph can hold rates only as float32, so single steps on a GPU use rounded rates too.
         """
         if self.lr_schedulers():
             return
@@ -189,11 +189,10 @@ class LitLeNet(LightningModule):
         """Returns the loss of a mini-batch. With a block, it takes all optimizer steps itself and returns None."""
         if isinstance(batch, blocks.Block):
             logits, losses = blocks.run(self, batch, self._logits_and_loss, self.hparams["compile"])
-            of_images = losses.repeat_interleave(batch.batch_size)[: len(logits)]
-            self._log("train", logits, of_images, labels=batch.fields[1])
+            self._log(self.train_metrics, logits, losses, batch.fields[1])
             return None
         logits, loss = self._logits_and_loss(batch)
-        self._log("train", logits.detach(), loss.detach().expand(len(batch[1])), batch[1])
+        self._log(self.train_metrics, logits.detach(), loss.detach().expand(len(logits)), batch[1])
         return loss
 
     def _logits_and_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -203,12 +202,12 @@ class LitLeNet(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
-        self._evaluate("val", batch)
+        self._evaluate(self.val_metrics, batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics, and to ``n``, the number of images tested."""
         self.log("n", float(len(batch[1])), reduce_fx="sum", sync_dist=True, logger=False)
-        self._evaluate("test", batch)
+        self._evaluate(self.test_metrics, batch)
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Returns the class probabilities, ``[B, 10]``."""
@@ -217,23 +216,22 @@ class LitLeNet(LightningModule):
             probabilities: Tensor = self(images).softmax(-1)
         return probabilities
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, metrics: MetricCollection, batch: Batch) -> None:
         images, labels = batch
         with torch.autocast(self.device.type, enabled=False):  # mixed precision is only for training
             logits = self(images)
-            self._log(stage, logits, F.cross_entropy(logits, labels, reduction="none"), labels)
+            self._log(metrics, logits, F.cross_entropy(logits, labels, reduction="none"), labels)
 
-    def _log(self, stage: str, logits: Tensor, losses: Tensor, labels: Tensor) -> None:
-        """Adds N images to the epoch's metrics of a stage: ``train``, ``val`` or ``test``.
+    def _log(self, metrics: MetricCollection, logits: Tensor, losses: Tensor, labels: Tensor) -> None:
+        """Adds N images to the metrics of an epoch.
 
         ``losses`` holds the loss of each image, or the mean loss of its mini-batch, ``[N]``.
         """
-        metrics: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_acc")}
-        if stage == "train" and self.device.type != "mps":  # Apple's GPU has no float64
+        if self.device.type != "mps":  # Apple's GPU has no float64
             # In float64 the sum of the losses does not depend on the order in which blocks and processes add to it.
-            metrics["train_loss"].set_dtype(torch.float64)  # torchmetrics forgets it when Lightning moves the metric
-        metrics[f"{stage}_loss"].update(losses)
-        metrics[f"{stage}_acc"].update(logits, labels)
+            # Lightning moves a metric each time that it logs it, and torchmetrics then forgets its type.
+            metrics["loss"].set_dtype(torch.float64)
+        metrics.update(value=losses, preds=logits, target=labels)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -242,13 +240,13 @@ class LitLeNet(LightningModule):
         checkpoint["precision"] = self.trainer.precision
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets a new learning rate, schedule or weight decay win over that of the optimizer in the checkpoint."""
+        """Lets a new learning rate, schedule or weight decay win over that in the optimizer's state."""
         before = checkpoint.get("hyper_parameters", {})
-        new = {name for name in ("lr", "schedule", "weight_decay") if self.hparams[name] != before.get(name)}
+        changed = [name for name in ("lr", "schedule", "weight_decay") if self.hparams[name] != before.get(name)]
+        has_new_rate = "lr" in changed or "schedule" in changed
         for optimizer in checkpoint.get("optimizer_states", ()):
             for group in optimizer["param_groups"]:
-                # A scheduler of the user's goes on from its own rate.
-                if new & {"lr", "schedule"} and not checkpoint.get("lr_schedulers"):
+                if has_new_rate and not checkpoint.get("lr_schedulers"):  # a scheduler goes on from its own rate
                     group["lr"] = self.hparams["lr"]
-                if "weight_decay" in new:
+                if "weight_decay" in changed:
                     group["weight_decay"] = self.hparams["weight_decay"]

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, T
 from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl.callbacks import RunFolder, RunLogger
-from lenet_pl.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from lenet_pl.checkpoint import AtomicCheckpointIO
 from lenet_pl.console import EpochBar, Summary
+from lenet_pl.saving import BestCheckpoint, LastCheckpoint
 
 # Trainer's own defaults are 1000 epochs, and a validation of the untrained weights.
 TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lenet_pl import download, runs
 from lenet_pl.__main__ import main
 from lenet_pl.callbacks import RunFolder
-from lenet_pl.checkpoint import BestCheckpoint
 from lenet_pl.module import LitLeNet
+from lenet_pl.saving import BestCheckpoint
 
 # Python 3.12 warns of any fork where threads may live; the child here starts none before it is on its own.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

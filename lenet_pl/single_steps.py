@@ -1,0 +1,87 @@
+"""What in a training must see each optimizer step by itself, so that no blocks can be used, see blocks.py."""
+
+import inspect
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
+
+# Hooks whose names begin like this see each batch or step, or can change what a step does.
+_STEP_HOOKS = (
+    "backward",
+    "configure_gradient_clipping",
+    "forward",
+    "lr_scheduler_step",
+    "on_after",
+    "on_before",
+    "on_train_batch",
+    "on_train_epoch_start",
+    "optimizer_",
+    "train_dataloader",
+    "training_step",
+    "transfer_batch",
+)
+# Options of the Trainer that count or change single steps, with the values at which they do not.
+_HARMLESS: dict[str, Any] = {
+    "fast_dev_run": False,
+    "overfit_batches": 0.0,
+    "max_steps": -1,
+    "min_steps": None,
+    "limit_train_batches": 1.0,  # all batches, whereas the integer 1 is one batch
+    "val_check_interval": 1.0,
+    "gradient_clip_val": None,
+    "accumulate_grad_batches": 1,
+}
+
+
+def reason(trainer: Trainer) -> str | None:
+    """Returns why a training must run in single steps, as the end of a sentence, or None if it need not."""
+    for option, harmless in _HARMLESS.items():
+        value = getattr(trainer, option, None)  # val_check_interval is absent where a time was given
+        is_harmless = value == harmless and type(value) is type(harmless)
+        if not is_harmless:
+            return f"trainer.{option} counts or changes single steps"
+    if trainer.precision == "16-mixed":
+        return "the loss scaler of 16-mixed precision looks at each step"
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    if epoch.processed != epoch.started:
+        return "the checkpoint was written within an epoch"
+    precision = type(trainer.precision_plugin)
+    if not precision.__module__.startswith("lightning."):
+        return f"{precision.__name__} may change a step"
+    strategy = type(trainer.strategy).__name__
+    if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
+        return f"{strategy} was not tried with blocks"
+    if len(trainer.optimizers) != 1 or trainer.lr_scheduler_configs:
+        return "Lightning steps several optimizers, or a scheduler"
+    optimizer = type(trainer.optimizers[0])
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        return f"{optimizer.__name__} needs a closure"
+    pieces: list[Any] = [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
+    if trainer.datamodule:  # type: ignore[attr-defined]
+        pieces.append(trainer.datamodule)  # type: ignore[attr-defined]
+    for piece in pieces:
+        known = _known_class(piece)
+        for hook in filter(lambda name: name.startswith(_STEP_HOOKS), dir(known)):
+            own = getattr(piece, hook)  # LambdaCallback sets its hooks on the instance
+            if getattr(own, "__func__", own) is not getattr(known, hook):
+                return f"{type(piece).__name__} looks at single steps ({hook})"
+    return None
+
+
+def _known_class(piece: Any) -> type:
+    """Returns the nearest class of a callback, module or datamodule whose hooks work with blocks.
+
+    These are Lightning's empty base classes, classes with ``knows_blocks``, and some callbacks of Lightning.
+    """
+    ignores_steps = isinstance(piece, ProgressBar | Timer)  # they only draw, or look at the clock
+    if isinstance(piece, ModelCheckpoint):  # its hook returns at once unless it counts steps or seconds
+        ignores_steps = not piece._every_n_train_steps and piece._train_time_interval is None
+    for kind in type(piece).__mro__:
+        is_base = kind in (Callback, LightningModule, LightningDataModule)
+        if is_base or "knows_blocks" in vars(kind):
+            return kind
+        if ignores_steps and kind.__module__.startswith(("lightning.", "lenet_pl.")):
+            return kind
+    return type(piece)
