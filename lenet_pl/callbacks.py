@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,28 @@ from lenet_pl.errors import Failure
 from lenet_pl.saving import BestCheckpoint, LastCheckpoint, is_unfinished
 
 
-@dataclass(eq=False)
 class RunFolder(Callback):
-    """Writes the run folder: config.yaml, and for each epoch a row of results.csv. It also prints a line each epoch."""
+    """Writes the run folder: config.yaml, and for each epoch a row of results.csv. It also prints a line each epoch.
 
-    parent: Path  # runs/<name>; a new run gets the next free version_N in it
-    config: str  # the complete configuration, as YAML
-    resumed: Path | None = None  # the folder of the run to resume, if any
-    ckpt_path: Path | None = None  # from which it resumes; None if the run was stopped in its first epoch
+    Args:
+        parent: The folder ``runs/<name>``. A new run gets the next free ``version_N`` in it.
+        config: The complete configuration, as YAML.
+        resumed: The folder of the run to resume, if any.
+        ckpt_path: The checkpoint from which it resumes; None if the run was stopped in its first epoch.
+    """
+
     knows_blocks = True  # it looks only at epochs, see blocks.py
-    started = 0.0
-    fastest = math.inf  # seconds of the fastest epoch
-    warned = False
-    validated_step = -1
-    finished = 0  # epochs
 
-    def __post_init__(self) -> None:
-        self.path = self.resumed  # of a new run None until ``create``
-        self.rows: list[dict[str, Any]] = list(runs.read_results(self.resumed)) if self.resumed else []
+    def __init__(self, parent: Path, config: str, resumed: Path | None = None, ckpt_path: Path | None = None) -> None:
+        self.parent, self.config = parent, config
+        self.resumed, self.ckpt_path = resumed, ckpt_path
+        self.path = resumed  # None until ``create`` makes the folder of a new run
+        self.rows: list[dict[str, Any]] = list(runs.read_results(resumed)) if resumed else []
+        self.finished = 0  # epochs
+        self.validated_step = -1
+        self.started = 0.0  # time.perf_counter() at the start of the epoch
+        self.fastest = math.inf  # seconds of the fastest epoch
+        self.warned = False
 
     def create(self) -> Path:
         """Makes the folder with its config.yaml, unless it is there; returns it."""
@@ -81,7 +84,7 @@ class RunFolder(Callback):
         """
         validates = trainer.enable_validation and trainer.is_global_zero
         if validates and trainer.num_training_batches % (trainer.val_check_batch or 1):
-            print("val_check_interval: an epoch whose last weights are not validated cannot become best.ckpt")
+            print("val_check_interval: an epoch at whose end there is no validation cannot become best.ckpt")
         for callback in trainer.early_stopping_callbacks:
             is_stock = type(callback) is EarlyStopping  # a derived class may have gone on all the same
             if is_stock and callback.wait_count >= max(1, callback.patience):
@@ -109,7 +112,7 @@ class RunFolder(Callback):
         runs.write_results(folder, self.rows)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Notes which weights are validated: Lightning keeps the metrics until the next validation."""
+        """Notes the step of the last validation, because Lightning goes on showing its metrics."""
         self.validated_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -118,7 +121,8 @@ class RunFolder(Callback):
         Raises:
             Failure: If the training diverged. The checkpoints of earlier epochs stay.
         """
-        epoch, seconds = trainer.current_epoch + 1, round(time.perf_counter() - self.started, 3)
+        epoch = trainer.current_epoch + 1
+        seconds = round(time.perf_counter() - self.started, 3)
         metrics = rounded_metrics(trainer)
         row: dict[str, Any] = {name: metrics.get(name, "") for name in runs.COLUMNS}
         if self.validated_step != trainer.global_step:
@@ -154,11 +158,13 @@ class RunFolder(Callback):
 
     def finish(self, trainer: Trainer) -> Path:
         """Writes why the training ended, prints it if that was early, and returns the run folder."""
-        folder, done = self.create(), self.finished
+        folder = self.create()
+        done = self.finished
         reason = _reason(trainer, done)
         if trainer.is_global_zero:
             if not self.started:
-                print("Nothing was left to train. To train longer, give a larger --trainer.max_epochs.")
+                remedy = "" if reason else " To train longer, give a larger --trainer.max_epochs."
+                print(f"Nothing was left to train.{remedy}")
                 # No epoch has saved the settings.
                 write_atomic(folder / runs.CONFIG, self.config.encode())
             if done:  # otherwise ``auto`` begins it again

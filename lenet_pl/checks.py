@@ -33,10 +33,14 @@ DECISIVE = (
     "trainer.gradient_clip_algorithm",
     "trainer.accumulate_grad_batches",
     "trainer.limit_train_batches",
+    "trainer.limit_val_batches",
+    "trainer.check_val_every_n_epoch",
+    "trainer.val_check_interval",
     "trainer.overfit_batches",
 )
-# Settings that change what the numbers in a checkpoint mean. Training and validation must keep them.
-FIXED = {"model": ("variant", "batch_norm", "composed_kernels"), "data": ("val_size", "split_seed", "mean", "std")}
+# Settings that change what a net computes, and those that decide which images validate.
+FIXED = ("model.variant", "model.batch_norm", "model.composed_kernels", "data.mean", "data.std")
+SPLIT = ("data.val_size", "data.split_seed")
 
 
 def take_name(given: Namespace) -> str | None:
@@ -59,7 +63,9 @@ def check(command: str, config: Namespace) -> None:
     options = (*ABOVE_0, "limit_val_batches") if command == "validate" else ABOVE_0
     for option in options:
         value = trainer[option]
-        fits = not isinstance(value, int | float) or value > 0 or (option, value) == ("max_steps", -1)
+        is_number = isinstance(value, int | float)
+        is_endless = option == "max_steps" and value == -1
+        fits = not is_number or value > 0 or is_endless
         require(fits, f"trainer.{option}={value}", "a number above 0")
     require(command == "fit" or not trainer.barebones, "trainer.barebones=true", "false, because it keeps no scores")
     pictures = config.data.images
@@ -77,7 +83,7 @@ def check(command: str, config: Namespace) -> None:
     root, strategy = str(trainer.default_root_dir), str(trainer.strategy)
     fits = "://" not in root and root == decoded(root)
     require(fits, f"trainer.default_root_dir={one_line(root)}", "a folder on this machine, with a name in UTF-8")
-    # Processes of these kinds pass the weights on in files that are not checkpoints of ours.
+    # Processes of these kinds return the weights in a temporary file that is not one of our checkpoints.
     fits = re.search("spawn|fork|notebook", strategy) is None
     require(fits, f"trainer.strategy={strategy}", "auto or ddp")
     devices = str(trainer.devices)
@@ -103,20 +109,26 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
     return True
 
 
-def check_fixed(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
-    """Refuses settings with which the net of a checkpoint was not trained, and without which its scores mean nothing.
+def difference(command: str, config: Namespace, path: Path, checkpoint: dict[str, Any]) -> str | None:
+    """Says which setting differs from that of the training so that a score would mean nothing, or returns None.
 
-    With another split, for example, the validation images would be images that it was trained on.
+    Raises:
+        UsageError: If there is one and the command trains or validates. With another split, for example, it would
+            validate with images that the net was trained on.
     """
-    for group, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
-        for name in FIXED[group]:
-            new = config[group][name]
-            old = checkpoint[key].get(name, new)  # an older checkpoint lacks newer settings
-            if old != new:
-                raise UsageError(
-                    f"{group}.{name}={new}: {one_line(path)} was trained with {old}, and must keep that\n"
-                    "Leave that option or config file out, or begin a new run: fit without --ckpt_path"
-                )
+    must_fit = command in ("fit", "validate")
+    keys = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+    for setting in SPLIT + FIXED if must_fit else FIXED:
+        group, name = setting.split(".")
+        new = config[setting]
+        old = checkpoint[keys[group]].get(name, new)  # an older checkpoint lacks newer settings
+        if old != new:
+            found = f"{setting}={new}: {one_line(path)} was trained with {old}"
+            remedy = "Leave that option or config file out, or begin a new run: fit without --ckpt_path"
+            if must_fit:
+                raise UsageError(f"{found}, and must keep that\n{remedy}")
+            return found
+    return None
 
 
 def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resumed: Path | None) -> None:
@@ -133,11 +145,13 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resu
     was_cut_short = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # by max_steps
     if was_cut_short or epoch["processed"] < epoch["started"]:
         raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
-    done, most = epoch["processed"], config.trainer.max_epochs
+    done, max_epochs = epoch["processed"], config.trainer.max_epochs
     is_last = resumed is not None and path.name == Path(runs.LAST).name  # a finished run may be scored again
     least = done if is_last else done + 1
-    if most and most < least:
-        raise UsageError(f"trainer.max_epochs={most}: {path} has finished epoch {done}; expected at least {least}")
-    steps, most = checkpoint["global_step"], config.trainer.max_steps
-    if 0 < most < steps:
-        raise UsageError(f"trainer.max_steps={most}: {path} has finished step {steps}; expected at least that")
+    if max_epochs and max_epochs < least:
+        raise UsageError(
+            f"trainer.max_epochs={max_epochs}: {path} has finished epoch {done}; expected at least {least}"
+        )
+    steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
+    if 0 < max_steps < steps:
+        raise UsageError(f"trainer.max_steps={max_steps}: {path} has finished step {steps}; expected at least that")

@@ -30,6 +30,7 @@ from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 from lenet_pl.trainer import TRAINER_DEFAULTS, set_threads, trainer_options
 
+DEFAULT_NAME = "lenet"  # of a run whose command names neither a config file nor --name
 # Options of the Trainer that take objects with options of their own.
 OBJECTS = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
 
@@ -47,6 +48,7 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] = {}  # its content
         self.resumed: Path | None = None  # the folder of the run that a training resumes
         self.is_finished = False  # whether ``auto`` has found that run finished
+        self.difference: str | None = None  # what makes the command's results another than the training's
         self.run_writer: RunFolder | None = None  # the callback that writes the run folder of a training
         super().__init__(
             LitLeNet,
@@ -77,7 +79,7 @@ class CLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str, default=None, help=words)
         parser.add_argument("--name", type=str, default=None, help="Folder in runs/ (default: the config's).")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; results depend on them.")
-        # The other commands ignore it, but it stands in a run's config.yaml, which they take too.
+        # Only fit uses it. The others accept it, because it stands in a run's config.yaml, which they take too.
         parser.add_argument("--test", type=bool, default=True, help="Whether fit scores the test images at the end.")
         if self.command in ("predict", "export"):
             parser.add_argument("--output", type=str, default=None, help="Folder to write to, or export's file.")
@@ -107,7 +109,7 @@ class CLI(LightningCLI):
             for key in OBJECTS:
                 if key in given:
                     given[key] = configs.joined(stored.get(key), given[key])
-            # Kept for config.yaml: after parsing, they contain defaults that YAML cannot hold.
+            # As given, for config.yaml: parsing adds defaults that YAML cannot hold.
             self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.config = parser.parse_object(given, stored)
             if prints:
@@ -119,8 +121,8 @@ class CLI(LightningCLI):
         checks.check(self.command, self.config)
         if self.resumed and self.config.ckpt_path == "auto":
             self.is_finished = checks.is_finished(self.resumed, parser.parse_object(stored), self.config)
-        if self.path and not self.is_finished and self.command in ("fit", "validate"):
-            checks.check_fixed(self.config, self.path, self.checkpoint)
+        if self.path and not self.is_finished:
+            self.difference = checks.difference(self.command, self.config, self.path, self.checkpoint)
             if self.command == "fit":
                 checks.check_resume(self.config, self.path, self.checkpoint, self.resumed)
 
@@ -128,7 +130,7 @@ class CLI(LightningCLI):
         """Finds and loads the checkpoint that the command starts from; returns its settings, or those of its run."""
         is_fit = self.command == "fit"
         if is_fit and word == "auto":
-            self.resumed = next(iter(runs.all_runs(self.root, self.name or "lenet")), None)
+            self.resumed = next(iter(runs.all_runs(self.root, self.name or DEFAULT_NAME)), None)
             newest = runs.newest_checkpoint(self.resumed) if self.resumed else None
             if self.resumed and not newest:  # it was stopped in its first epoch and starts again
                 return configs.of_run(self.resumed)
@@ -158,6 +160,8 @@ class CLI(LightningCLI):
         """Says which checkpoint is used, and builds data, model and trainer. A value that they refuse is wrong use."""
         if self.path:
             rank_zero_only(print)(f"checkpoint: {one_line(self.path)}")
+        if self.difference:
+            rank_zero_only(print)(f"warning: {self.difference}", file=sys.stderr)
         self.config.threads = set_threads(self.config.threads, str(self.config.trainer.devices))
         try:
             super().instantiate_classes()
@@ -179,7 +183,7 @@ class CLI(LightningCLI):
         """Builds the Trainer. A training gets a run folder."""
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
-            parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or "lenet")
+            parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or DEFAULT_NAME)
             self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed, self.path)
         kwargs |= trainer_options(options, self.run_writer, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows

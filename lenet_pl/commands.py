@@ -69,7 +69,8 @@ def test(cli: CLI) -> None:
     result |= {"n": int(metrics["n"]), "ckpt_path": str(cli.path), "seed": cli.config.seed_everything}
     if cli.trainer.is_global_zero:
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
-        if result["n"] == len(cli.datamodule.test_set[1]):  # trainer.limit_test_batches makes no score of the run
+        is_whole = result["n"] == len(cli.datamodule.test_set[1])  # not with trainer.limit_test_batches
+        if is_whole and not cli.difference:  # otherwise it is no score of the run
             folder = runs.folder_of(cli.path) or runs.beside(cli.path)
             write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
 

@@ -77,9 +77,11 @@ class FashionMNISTDataModule(LightningDataModule):
             ("shift", 0 <= shift <= 27, "an integer from 0 to 27"),
         ):
             require(is_fine, f"data.{name}={self.hparams[name]}", expected)
-        self.data_dir, self.batch_size, self.val_size, self.split_seed = data_dir, batch_size, val_size, split_seed
-        self.steps_per_execution = steps_per_execution
-        self.mean, self.std, self.flip, self.shift = mean, std, flip, shift
+        self.data_dir = data_dir
+        self.batch_size, self.steps_per_execution = batch_size, steps_per_execution
+        self.val_size, self.split_seed = val_size, split_seed
+        self.mean, self.std = mean, std
+        self.flip, self.shift = flip, shift
         self.files = files.find(images) if images else []  # the pictures to predict
         self.errors: dict[Path, str] = {}  # the pictures that could not be read, and why
         self.seed = 0  # the training seed; setup sets it

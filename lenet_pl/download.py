@@ -82,8 +82,12 @@ def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
     """Tries one source after another until no file is missing."""
     failures: dict[str, str] = {}  # source: reason
     named = os.environ.get("LENET_PL_DATA_SOURCE")
-    for source in (str(raw), *([named] if named else []), *SOURCES):  # raw may hold .gz files that somebody put there
-        wanted, remote = list(missing), source.startswith(("http", "apt:"))
+    sources = [str(raw), *SOURCES]  # somebody may have put .gz files into raw
+    if named:
+        sources.insert(1, named)
+    for source in sources:
+        wanted = list(missing)
+        remote = source.startswith(("http", "apt:"))
         if remote:
             _say(f"fetching Fashion-MNIST from {source}")
         for name in wanted:

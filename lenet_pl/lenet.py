@@ -163,12 +163,14 @@ def fold(net: LeNet5) -> LeNet5:
     returned as a copy instead.
     """
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-    known = (nn.Linear, *norms, nn.ReLU if net.variant == "article" else nn.Tanh, AvgPool2d, Flatten, nn.Dropout)
+    activation = nn.ReLU if net.variant == "article" else nn.Tanh
+    known = (nn.Linear, *norms, activation, AvgPool2d, Flatten, nn.Dropout)
     all_layers = [*net.features, *net.classifier]
     weights: list[Any] = []  # the weight and bias of each layer
     for layer in all_layers:
         if isinstance(layer, norms):
-            fuse: Any = fuse_linear_bn_weights if weights[-1][0].ndim == 2 else fuse_conv_bn_weights
+            is_linear = weights[-1][0].ndim == 2
+            fuse: Any = fuse_linear_bn_weights if is_linear else fuse_conv_bn_weights
             statistics = (layer.running_mean, layer.running_var, layer.eps)
             weights[-1] = fuse(*weights[-1], *statistics, layer.weight, layer.bias)
         elif isinstance(layer, nn.Conv2d | nn.Linear):
@@ -176,6 +178,7 @@ def fold(net: LeNet5) -> LeNet5:
     with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
         plain = LeNet5(net.variant).eval()
     tensors = [tensor.detach() for pair in weights for tensor in pair if tensor is not None]
+    # A composed kernel gives its layer a class derived from Conv2d.
     is_known = all(type(layer) in known or isinstance(layer, Conv2d) for layer in all_layers)
     if not is_known or [t.shape for t in tensors] != [t.shape for t in plain.state_dict().values()]:
         return copy.deepcopy(net).eval()

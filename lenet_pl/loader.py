@@ -123,7 +123,8 @@ class TrainLoader:
 
     def draw(self) -> tuple[Tensor, ...]:
         """Draws the epoch for all processes, and returns this one's indices, flips and offsets on the device."""
-        numbers, n = generator(self.seed, self.epoch), len(self.labels)
+        numbers = generator(self.seed, self.epoch)
+        n = len(self.labels)
         order = torch.randperm(n, generator=numbers) if self.shuffle else torch.arange(n)
         flips = torch.rand(n, generator=numbers) < 0.5
         offsets = torch.randint(-self.max_shift, self.max_shift + 1, (n, 2), generator=numbers)

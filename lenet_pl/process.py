@@ -22,9 +22,10 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Ends the process at once on Ctrl-C, SIGTERM, SIGHUP and, under SLURM, SIGUSR1; a second one without a message.
+    """Ends the process at once on Ctrl-C, SIGTERM, SIGHUP and, under SLURM, SIGUSR1.
 
-    Nothing has to be saved, because a run resumes from its last finished epoch.
+    Nothing has to be saved, because a run resumes from its last finished epoch. A second signal ends it without a
+    message.
     """
     if threading.current_thread() is not threading.main_thread():  # Python handles signals only in the main thread
         yield

@@ -83,7 +83,7 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 
 def folder_of(ckpt_path: Path) -> Path | None:
     """Returns the run folder in which a checkpoint lies, or None."""
-    # A relative path stays one, because it is shorter in messages, unless the current folder is the run's.
+    # A relative path is shorter in messages, so it stays one, except inside the run folder.
     is_inside = not ckpt_path.parent.parent.name
     parent = ckpt_path.absolute().parent if is_inside else ckpt_path.parent
     is_run = parent.name == CHECKPOINTS and (parent.parent / CONFIG).is_file()
@@ -138,7 +138,8 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
                 return found
             lacks = f"the newest run{of_name}, {runs[0]}, has no checkpoint of a finished epoch"
             problem = f"Checkpoint {word!r} does not exist: {lacks}"
-    known = [*filter(Path.is_file, around), *filter(None, map(scored_checkpoint, all_runs(root)))]
+    scored = [scored_checkpoint(folder) for folder in all_runs(root)]
+    known = [path for path in (*around, *scored) if path and path.is_file()]
     names = list(dict.fromkeys(map(str, known)))
     similar = ", ".join(difflib.get_close_matches(word, names) or names[:3])
     advice = f"There is none yet but the package's, pretrained; this trains one: {TRAIN}"
@@ -175,7 +176,10 @@ def read_results(folder: Path) -> list[dict[str, str]]:
         expected = ",".join(COLUMNS)
         found = ",".join(reader.fieldnames or COLUMNS)
         require(found == expected, f"the first line of {path} is {shorten(found, 80)!r}", f"{expected!r}")
-        return [row | {"epoch": str(int(float(row["epoch"])))} for row in reader if row["seconds"]]  # 1.0 becomes 1
+        rows = [row for row in reader if row["seconds"]]
+    for row in rows:
+        row["epoch"] = str(int(float(row["epoch"])))  # a spreadsheet may have made 1.0 of 1
+    return rows
 
 
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -68,9 +68,12 @@ def test_test_needs_only_the_checkpoint(cli):
 
 def test_explicit_flags_win_over_the_checkpoint(cli):
     cli("fit", *TINY)
-    before = json.loads((RUN / "test.json").read_text())
-    cli("test", "--data.std", 3)
-    assert json.loads((RUN / "test.json").read_text())["test_loss"] != before["test_loss"]
+    before = (RUN / "test.json").read_text()
+    code, out, err = cli("test", "--data.std", 3)
+    assert code == 0
+    assert err == f"warning: data.std=3.0: {RUN}/checkpoints/best.ckpt was trained with 0.353\n"
+    assert f"loss {json.loads(before)['test_loss']:.4f}" not in out
+    assert (RUN / "test.json").read_text() == before  # that was no score of the run
 
 
 def test_a_checkpoint_outside_a_run_folder_gets_its_test_json_beside_it(cli, workdir):

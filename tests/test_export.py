@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TEST, as_pretrained, inside
-from PIL import Image
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet, __version__, checkpoint, download
 from lenet_pl.__main__ import main
@@ -181,12 +180,9 @@ def test_a_name_that_is_no_utf_8_is_shown(cli, trained, quick):
 
 
 def test_it_goes_to_the_file_named(run, quick):
-    assert run("--output", "my.onnx", "--data.images", "data/../pictures")[0] == 2  # no such folder
-    Path("pictures").mkdir()
-    Image.new("L", (28, 28)).save("pictures/a.png")
-    code, out, _ = run("--output", "my.onnx", "--data.images", "pictures")
+    code, out, _ = run("--output", "my.onnx")
     assert code == 0
-    assert f"{TEST} test images" in out  # pictures prove nothing
+    assert f"{TEST} test images" in out
     assert session("my.onnx")
 
 

@@ -159,7 +159,7 @@ def test_a_checkpoint_within_an_epoch_resumes_with_single_steps(workdir):
 def test_a_score_belongs_to_the_weights_that_were_validated(cli):
     code, out, err = cli("fit", *TINY, "--trainer.val_check_interval", 0.4)  # after 13 and 26 of 34 steps
     assert (code, err) == (0, "")
-    assert "an epoch whose last weights are not validated cannot become best.ckpt" in out
+    assert "an epoch at whose end there is no validation cannot become best.ckpt" in out
     assert [(row["val_acc"], row["val_loss"]) for row in rows()] == [("", "")] * 2
     assert not (RUN / "checkpoints/best.ckpt").exists()
     assert cli("fit", *TINY, "--trainer.val_check_interval", 0.5, "--name", "half")[0] == 0
