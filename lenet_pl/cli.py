@@ -17,12 +17,11 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import checks, configs, runs
 from lenet_pl.callbacks import RunFolder
 from lenet_pl.checkpoint import fill, load_ours
-from lenet_pl.console import help_text
+from lenet_pl.console import help_text, say
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import UsageError, explain
 from lenet_pl.lenet import fold
@@ -159,9 +158,9 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Says which checkpoint is used, and builds data, model and trainer. A value that they refuse is wrong use."""
         if self.path:
-            rank_zero_only(print)(f"checkpoint: {one_line(self.path)}")
+            say(f"checkpoint: {one_line(self.path)}")
         if self.difference:
-            rank_zero_only(print)(f"warning: {self.difference}", file=sys.stderr)
+            say(f"warning: {self.difference}", file=sys.stderr)
         self.config.threads = set_threads(self.config.threads, str(self.config.trainer.devices))
         try:
             super().instantiate_classes()

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import process, runs
 from lenet_pl.atomic import write_atomic
 from lenet_pl.callbacks import rounded_metrics
 from lenet_pl.cli import CLI
-from lenet_pl.console import format_metric
+from lenet_pl.console import format_metric, say
 from lenet_pl.errors import Failure, UsageError, tell
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line, quoted
-
-say = rank_zero_only(print)
 
 
 def fit(cli: CLI) -> None:

@@ -7,12 +7,14 @@ import rich
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Column, Table
 from rich.text import Text
 
 from lenet_pl import runs
 from lenet_pl.lenet import layers
 
+say = rank_zero_only(print)  # of several processes the first one speaks
 # The help of every command opens with those of these that it has.
 COMMON = (
     "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "

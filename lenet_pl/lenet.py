@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.nn.utils.parametrize import register_parametrization
 
 from lenet_pl.convolution import Conv2d, convolve
+from lenet_pl.errors import require
 
 
 class ComposedKernel(nn.Module):
@@ -81,7 +82,7 @@ class LeNet5(nn.Module):
             are orthogonal, whatever ``init`` says.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        UsageError: If an argument is out of its range.
     """
 
     def __init__(
@@ -93,14 +94,10 @@ class LeNet5(nn.Module):
         composed_kernels: bool = False,
     ) -> None:
         super().__init__()
-        if variant not in ("article", "classic"):
-            raise ValueError(f"variant={variant!r}: expected 'article' or 'classic'")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: expected a probability from 0 to below 1, such as 0.1")
-        if init not in ("uniform", "orthogonal"):
-            raise ValueError(f"init={init!r}: expected 'uniform' or 'orthogonal'")
-        if batch_norm not in (False, True, "linear"):
-            raise ValueError(f"batch_norm={batch_norm!r}: expected true, false or 'linear'")
+        require(variant in ("article", "classic"), f"model.variant={variant!r}", "'article' or 'classic'")
+        require(0 <= dropout < 1, f"model.dropout={dropout}", "a probability from 0 to below 1, such as 0.1")
+        require(init in ("uniform", "orthogonal"), f"model.init={init!r}", "'uniform' or 'orthogonal'")
+        require(batch_norm in (False, True, "linear"), f"model.batch_norm={batch_norm!r}", "true, false or 'linear'")
         self.variant = variant
         article = variant == "article"
         side = 7 if article else 5

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lenet_pl import blocks, checkpoint, runs
-from lenet_pl.errors import UsageError, require
+from lenet_pl.errors import require
 from lenet_pl.lenet import LeNet5, fold
 from lenet_pl.loader import Batch, TrainLoader, seed_of, training_seed
 
@@ -68,10 +68,7 @@ class LitLeNet(LightningModule):
         ):
             require(fine, f"model.{name}={value!r}", expected)
         self.save_hyperparameters()
-        try:
-            self.net = LeNet5(variant, dropout, init, batch_norm, composed_kernels)
-        except ValueError as error:
-            raise UsageError(f"model.{error}") from None
+        self.net = LeNet5(variant, dropout, init, batch_norm, composed_kernels)
         loss = MeanMetric(nan_strategy="disable")  # to look for NaN, the host would wait for a GPU
         accuracy = MulticlassAccuracy(10, average="micro", validate_args=False)
         metrics = MetricCollection({"loss": loss, "acc": accuracy}, compute_groups=False)
