@@ -17,7 +17,8 @@ def is_ready(optimizer: Optimizer) -> bool:
     groups = optimizer.param_groups
     if not isinstance(optimizer, Adam) or len(groups) > 1 or groups[0]["amsgrad"]:
         return False
-    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(Adam.step):  # a derived class with a step of its own
+    has_own_step = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(Adam.step)
+    if has_own_step or "step" in vars(optimizer):  # a derived class, or somebody has replaced it
         return False
     # Torch has no public way to ask for hooks, which somebody has registered to see each step.
     hooks = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
@@ -36,9 +37,12 @@ def step(optimizer: Adam, loss: Tensor) -> None:
     The optimizer is one that :func:`is_ready` accepts. ``grad`` of the parameters is left alone.
     """
     group = optimizer.param_groups[0]
-    parameters = group["params"]
-    # Fused Adam reads gradients and parameters as they lie in memory.
-    gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, parameters)]
+    parameters, gradients = [], []
+    found = torch.autograd.grad(loss, group["params"], allow_unused=True)
+    for parameter, gradient in zip(group["params"], found, strict=True):
+        if gradient is not None:  # a layer may be skipped at random
+            parameters.append(parameter)
+            gradients.append(gradient.contiguous())  # fused Adam reads it as it lies in memory
     states = [optimizer.state[parameter] for parameter in parameters]
     beta1, beta2 = group["betas"]
     options = ("foreach", "fused", "decoupled_weight_decay", "amsgrad", "lr", "weight_decay", "eps", "maximize")

@@ -9,10 +9,13 @@ To use it in another project:
 
 1. A datamodule has ``knows_blocks = True`` in its class. Its loader yields ``Block([images, labels], size)`` where
    :func:`prepare` allows more than one step, and plain batches otherwise.
-2. The LightningModule has ``knows_blocks = True`` in its class, calls :func:`begin` in ``setup`` and :func:`end` in
-   ``teardown``. Its ``training_step`` hands a ``Block`` to :func:`run` and returns None. It sets its learning rate in
-   ``on_before_optimizer_step``.
+2. The LightningModule has ``knows_blocks = True`` in its class. It calls :func:`begin` before a training, :func:`end`
+   after it, and :func:`count_batches` when it saves a checkpoint. Its ``training_step`` hands a ``Block`` to
+   :func:`run` and returns None. It sets its learning rate in ``on_before_optimizer_step``.
 3. A callback, too, may say ``knows_blocks = True``, if what it does at each Lightning step is right for blocks.
+
+``trainer.global_step`` counts optimizer steps. What Lightning calls a batch is a block: ``batch_idx``,
+``num_training_batches`` and ``estimated_stepping_batches`` count blocks. :func:`total_steps` counts steps.
 
 This file uses private names of Lightning, mostly because of three gaps (the numbers are those of its GitHub issues and
 pull requests). Four others are in single_steps.py, cli.py (signals) and console.py (progress bar).
@@ -57,7 +60,7 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
     A datamodule calls this when it makes a loader. It returns ``wanted``, or 1 if something must see single steps, and
     prints what that is. Without a running trainer it returns 1.
     """
-    if trainer is None or trainer.state.status != "running":  # the loader is for a loop by hand, or another trainer
+    if trainer is None or not trainer.training:  # the loader is for a loop by hand, or for a callback
         return 1
     if not getattr(trainer.lightning_module, "knows_blocks", False):
         return 1
@@ -92,6 +95,18 @@ def begin(module: LightningModule) -> None:
 def end(module: LightningModule) -> None:
     """Brings a module back to single steps: a Trainer checks it before its next training."""
     _switch(module, on=False)
+
+
+def count_batches(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Lets a checkpoint count the mini-batches of its epoch: Lightning has counted blocks.
+
+    A checkpoint within an epoch is resumed in single steps, and Lightning skips the batches that are counted there.
+    """
+    if getattr(module, "runs_blocks", False):
+        loader: Any = module.trainer.train_dataloader
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        for name, number in counts.items():
+            counts[name] = min(number * loader.steps_per_block, loader.steps)
 
 
 def _switch(module: LightningModule, on: bool) -> None:

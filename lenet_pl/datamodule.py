@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from lenet_pl import blocks, download
 from lenet_pl.errors import require
-from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, EvalLoader, TrainLoader, generator, normalise, training_seed
+from lenet_pl.loader import EVAL_BATCH_SIZE, Batch, EvalLoader, TrainLoader, normalise
 from lenet_pl.pictures import files, prepare
+from lenet_pl.seeds import generator, training_seed
 
 
 class FashionMNIST(torchvision.datasets.FashionMNIST):  # type: ignore[misc]

@@ -98,7 +98,7 @@ class LeNet5(nn.Module):
         require(0 <= dropout < 1, f"model.dropout={dropout}", "a probability from 0 to below 1, such as 0.1")
         require(init in ("uniform", "orthogonal"), f"model.init={init!r}", "'uniform' or 'orthogonal'")
         require(batch_norm in (False, True, "linear"), f"model.batch_norm={batch_norm!r}", "true, false or 'linear'")
-        self.variant = variant
+        self.variant, self.dropout = variant, dropout
         article = variant == "article"
         side = 7 if article else 5
         activation = partial(nn.ReLU, inplace=True) if article else nn.Tanh
@@ -156,36 +156,39 @@ def fold(net: LeNet5) -> LeNet5:
     """Returns a plain LeNet-5 in evaluation mode that computes what ``net`` computes in evaluation mode.
 
     A composed kernel becomes the 5×5 kernel. Batch normalisation, which after the training is a scale and an offset for
-    each channel, becomes part of the weights and the bias before it. A net in which somebody has replaced layers is
-    returned as a copy instead.
+    each channel, becomes part of the weights and the bias before it. A net that somebody has changed is returned as it
+    is.
     """
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-    activation = nn.ReLU if net.variant == "article" else nn.Tanh
-    known = (nn.Linear, *norms, activation, AvgPool2d, Flatten, nn.Dropout)
-    all_layers = [*net.features, *net.classifier]
+    if type(net) is not LeNet5 or any(part._forward_hooks or part._forward_pre_hooks for part in net.modules()):
+        return net
+    with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
+        plain = LeNet5(net.variant, net.dropout).eval()
+    kinds: list[type] = []  # of the layers without batch normalisation
     weights: list[Any] = []  # the weight and bias of each layer
-    for layer in all_layers:
-        if isinstance(layer, norms):
-            is_linear = weights[-1][0].ndim == 2
-            fuse: Any = fuse_linear_bn_weights if is_linear else fuse_conv_bn_weights
+    for layer in (*net.features, *net.classifier):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
+            if kinds[-1:] not in ([Conv2d], [nn.Linear]) or layer.running_mean is None:
+                return net
+            fuse: Any = fuse_conv_bn_weights if kinds[-1] is Conv2d else fuse_linear_bn_weights
             statistics = (layer.running_mean, layer.running_var, layer.eps)
             weights[-1] = fuse(*weights[-1], *statistics, layer.weight, layer.bias)
-        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        # A composed kernel gives its layer a class derived from Conv2d.
+        kinds.append(Conv2d if isinstance(layer, Conv2d) else type(layer))
+        if kinds[-1] in (Conv2d, nn.Linear):
             weights.append((layer.weight, layer.bias))
-    with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
-        plain = LeNet5(net.variant).eval()
     tensors = [tensor.detach() for pair in weights for tensor in pair if tensor is not None]
-    # A composed kernel gives its layer a class derived from Conv2d.
-    is_known = all(type(layer) in known or isinstance(layer, Conv2d) for layer in all_layers)
-    if not is_known or [t.shape for t in tensors] != [t.shape for t in plain.state_dict().values()]:
-        return copy.deepcopy(net).eval()
+    same_kinds = kinds == [type(layer) for layer in (*plain.features, *plain.classifier)]
+    if not same_kinds or [t.shape for t in tensors] != [t.shape for t in plain.state_dict().values()]:
+        return net
     plain.load_state_dict(dict(zip(plain.state_dict(), tensors, strict=True)), assign=True)
     return plain
 
 
 def layers(net: LeNet5) -> list[tuple[str, str, int]]:
     """Returns kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters of the plain net's layers."""
-    plain, rows = fold(net), []
+    plain = copy.deepcopy(fold(net)).eval()  # a copy, because somebody may have changed the net
+    rows = []
     weight = next(plain.parameters())
     x = torch.zeros(1, 1, 28, 28, device=weight.device, dtype=weight.dtype)
     for layer in (*plain.features, *plain.classifier):

@@ -1,38 +1,20 @@
-"""The batches of an epoch: order, augmentation, normalisation, and the seeds of all that is random."""
+"""The batches of an epoch: order, augmentation, normalisation."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lenet_pl.blocks import Block
+from lenet_pl.seeds import generator
 
 Batch = tuple[Tensor, Tensor]  # images [B, 1, 28, 28] float32, labels [B] int64
 
 # Scoring needs no small batches. With one fixed size the sums of a score are the same to the last digit.
 EVAL_BATCH_SIZE = 1000
-
-
-def generator(*key: int) -> torch.Generator:
-    """Returns a CPU generator whose random numbers depend only on ``key``, such as (seed, epoch)."""
-    return torch.Generator().manual_seed(seed_of(*key))
-
-
-def seed_of(*key: int) -> int:
-    """Mixes numbers into one seed of 63 bits. Similar keys give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
-
-
-def training_seed(trainer: Trainer | None) -> int:
-    """Returns the seed of a training: that of the first process, which ``seed_everything`` set, or a random one."""
-    seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) % 2**63
-    return trainer.strategy.broadcast(seed) if trainer else seed
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:

@@ -1,12 +1,13 @@
 """Training LeNet-5 with Lightning: loss, metrics, optimizer, learning rate."""
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torchmetrics import MeanMetric, MetricCollection
@@ -15,7 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lenet_pl import blocks, checkpoint, runs
 from lenet_pl.errors import require
 from lenet_pl.lenet import LeNet5, fold
-from lenet_pl.loader import Batch, TrainLoader, seed_of, training_seed
+from lenet_pl.loader import Batch, TrainLoader
+from lenet_pl.seeds import LeaveAsBefore, seed_of, training_seed
 
 
 class LitLeNet(LightningModule):
@@ -95,9 +97,13 @@ class LitLeNet(LightningModule):
             CheckpointError: If the file is missing, damaged, of another net, or holds more than plain values.
         """
         content = checkpoint.load(path)
-        model = cls(**content["hyper_parameters"])
+        accepted = inspect.signature(cls).parameters  # of a derived class perhaps not all
+        model = cls(**{name: value for name, value in content["hyper_parameters"].items() if name in accepted})
         checkpoint.fill(model, content, path)
-        model.net = fold(model.net)
+        plain = fold(model.eval().net)
+        if plain is not model.net:
+            model.net = plain
+            model.hparams.update(batch_norm=False, composed_kernels=False)  # so that a checkpoint of it can be loaded
         return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -116,6 +122,10 @@ class LitLeNet(LightningModule):
         self.train_metrics.reset()
         self.val_metrics.reset()
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Returns a callback that leaves the random numbers as they were."""
+        return [LeaveAsBefore()]
+
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""
         return Adam(
@@ -130,9 +140,8 @@ class LitLeNet(LightningModule):
         """Checks that the training can go to its end, and compiles the net if that is asked for.
 
         Raises:
-            UsageError: If ``one_cycle`` has no end, or batch normalisation would get a single image.
+            UsageError: If ``one_cycle`` has no end or several rates, or batch normalisation would get a single image.
         """
-        self.random_state = torch.get_rng_state()
         loader: Any = self.trainer.train_dataloader
         if self.hparams["batch_norm"] and isinstance(loader, TrainLoader):
             fits = loader.batch_size > 1 and loader.share % loader.batch_size != 1
@@ -141,8 +150,11 @@ class LitLeNet(LightningModule):
         in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
         if self.hparams["compile"] and not in_graph:  # for a graph, graph.py compiles the whole step instead
             self.net.compile()
-        ends = self.hparams["schedule"] == "constant" or blocks.total_steps(self.trainer) < float("inf")
-        require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
+        if self.hparams["schedule"] == "one_cycle" and not self.lr_schedulers():
+            ends = blocks.total_steps(self.trainer) < float("inf")
+            require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
+            rates = {group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups}
+            require(len(rates) == 1, "model.schedule='one_cycle'", "one rate for all parameters: it sets no other")
 
     def on_train_epoch_start(self) -> None:
         """Seeds dropout by the number of the epoch, so that a resumed epoch draws the same masks.
@@ -151,14 +163,6 @@ class LitLeNet(LightningModule):
         """
         self.total_steps = blocks.total_steps(self.trainer)
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))
-
-    def on_train_end(self) -> None:
-        """Restores the random state from before the training, so that the next net gets other first weights."""
-        torch.set_rng_state(self.random_state)
-
-    def teardown(self, stage: str) -> None:
-        """Ends a training in blocks."""
-        blocks.end(self)
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of an optimizer step, counted from 0."""
@@ -228,11 +232,13 @@ class LitLeNet(LightningModule):
             # In float64 the sum of the losses does not depend on the order in which blocks and processes add to it.
             # Lightning moves a metric each time that it logs it, and torchmetrics then forgets its type.
             metrics["loss"].set_dtype(torch.float64)
-        metrics.update(value=losses, preds=logits, target=labels)
+        classes = labels.argmax(1) if labels.ndim == 2 else labels  # soft labels, such as those of mixup
+        metrics.update(value=losses, preds=logits, target=classes)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the seed and the precision, so that the checkpoint alone is enough to repeat a score."""
+        blocks.count_batches(self, checkpoint)
         checkpoint["seed"] = self.seed
         checkpoint["precision"] = self.trainer.precision
 
