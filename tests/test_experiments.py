@@ -17,7 +17,7 @@ from lenet_pl.lenet import fold
 
 
 @pytest.mark.filterwarnings("ignore")  # what Lightning says about such a resume
-@pytest.mark.parametrize("k", [1, 5, 50])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), 5, pytest.param(50, marks=pytest.mark.long)])
 def test_a_checkpoint_of_a_validation_resumes_to_the_bit(workdir, k):
     seed_everything(0)
     saved = ModelCheckpoint("ck", filename="{step}", monitor="val_acc", save_top_k=-1)  # before the epoch's end
