@@ -97,8 +97,11 @@ class LitLeNet(LightningModule):
             CheckpointError: If the file is missing, damaged, of another net, or holds more than plain values.
         """
         content = checkpoint.load(path)
-        accepted = inspect.signature(cls).parameters  # of a derived class perhaps not all
-        model = cls(**{name: value for name, value in content["hyper_parameters"].items() if name in accepted})
+        settings = content["hyper_parameters"]
+        accepted = inspect.getfullargspec(cls)
+        if accepted.varkw is None:  # a derived class may have other arguments
+            settings = {name: value for name, value in settings.items() if name in accepted.args + accepted.kwonlyargs}
+        model = cls(**settings)
         checkpoint.fill(model, content, path)
         plain = fold(model.eval().net)
         if plain is not model.net:

@@ -102,14 +102,23 @@ def test_a_loaded_net_trains_on_and_is_loaded_again(workdir):
 class Mine(LitLeNet):
     """Takes other arguments than its base."""
 
-    def __init__(self, width: int = 3) -> None:
+    def __init__(self, *, width: int = 3) -> None:
         super().__init__(lr=2e-3)
         self.save_hyperparameters("width")
+
+
+class Any(LitLeNet):
+    """Hands all arguments on."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
 
 
 def test_a_derived_class_with_other_arguments_is_loaded(workdir):
     train(Mine(width=4)).save_checkpoint("mine.ckpt")
     assert Mine.load("mine.ckpt").hparams["width"] == 4
+    train(Any(lr=0.01, variant="classic")).save_checkpoint("any.ckpt")
+    assert Any.load("any.ckpt").hparams["lr"] == 0.01
 
 
 class SoftLabels(FashionMNISTDataModule):
