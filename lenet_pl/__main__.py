@@ -27,6 +27,9 @@ usage: python -m lenet_pl COMMAND [--config FILE] [--trainer.* ...] [--model.* .
 
 start here:      python -m lenet_pl fit --config lenet
 all its options: python -m lenet_pl fit --help"""
+NO_LIBRARY = """\
+Is the environment active (source .venv/bin/activate), and lenet_pl installed in it (pip install .)?
+Or has a file in this folder the name of a library, such as random.py? Then rename it"""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -43,9 +46,6 @@ def main(args: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except OSError as error:
-        if error.strerror is None or error.filename:  # such as a missing library that torch needs
-            print(f"error: {error}", file=sys.stderr)
-            return 1
         # Nobody reads the output any more (``| head``), or the disk is full.
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python flushes when it exits
@@ -79,8 +79,11 @@ def _main(args: list[str]) -> int:
 
         try:
             with process.stopping():
-                from lenet_pl.commands import run  # takes seconds
-
+                try:
+                    from lenet_pl.commands import run  # takes seconds
+                except Exception as error:  # a library is missing or cannot start
+                    print(f"error: {type(error).__name__}: {error}\n{NO_LIBRARY}", file=sys.stderr)
+                    return 1
                 return run(args[0], args[1:])
         except process.Stopped as stop:
             print(f"stopped by {stop.name}", file=sys.stderr)
@@ -98,7 +101,7 @@ def entry() -> NoReturn:
     """Runs the command line as a process of its own."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook names one that need not be installed here; no window is opened anyway
     code = main()
-    if code > 128:  # a signal
+    if code > 128 and "IPython" not in sys.modules:  # a signal, and no notebook's %run
         os._exit(code)  # at once: what the libraries would clean up takes seconds, and nothing needs it
     sys.exit(code)
 

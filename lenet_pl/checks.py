@@ -38,9 +38,9 @@ DECISIVE = (
     "trainer.val_check_interval",
     "trainer.overfit_batches",
 )
-# Settings that change what a net computes, and those that decide which images validate.
-FIXED = ("model.variant", "model.batch_norm", "model.composed_kernels", "data.mean", "data.std")
-SPLIT = ("data.val_size", "data.split_seed")
+# Settings that change what the numbers in a checkpoint mean: in every command, and where a net trains or validates.
+FIXED = ("data.mean", "data.std")
+NET_AND_SPLIT = ("model.variant", "model.batch_norm", "model.composed_kernels", "data.val_size", "data.split_seed")
 
 
 def take_name(given: Namespace) -> str | None:
@@ -51,7 +51,7 @@ def take_name(given: Namespace) -> str | None:
         name = Path(files[-1]).stem
     if name is not None:
         fits = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) is not None and name.strip(" .") != ""
-        fits = fits and name == decoded(name)
+        fits = fits and name == decoded(name) and len(name.encode()) <= 255
         require(fits, f"name={name!r}", "1 to 100 characters for a folder in runs/, in UTF-8 and without slashes")
     return name
 
@@ -118,7 +118,7 @@ def difference(command: str, config: Namespace, path: Path, checkpoint: dict[str
     """
     must_fit = command in ("fit", "validate")
     keys = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-    for setting in SPLIT + FIXED if must_fit else FIXED:
+    for setting in NET_AND_SPLIT + FIXED if must_fit else FIXED:
         group, name = setting.split(".")
         new = config[setting]
         old = checkpoint[keys[group]].get(name, new)  # an older checkpoint lacks newer settings

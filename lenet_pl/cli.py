@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import checks, configs, runs
 from lenet_pl.callbacks import RunFolder
@@ -156,11 +157,7 @@ class CLI(LightningCLI):
         return stored
 
     def instantiate_classes(self) -> None:
-        """Says which checkpoint is used, and builds data, model and trainer. A value that they refuse is wrong use."""
-        if self.path:
-            say(f"checkpoint: {one_line(self.path)}")
-        if self.difference:
-            say(f"warning: {self.difference}", file=sys.stderr)
+        """Builds data, model and trainer, and says which checkpoint is used. A value that they refuse is wrong use."""
         self.config.threads = set_threads(self.config.threads, str(self.config.trainer.devices))
         try:
             super().instantiate_classes()
@@ -174,6 +171,9 @@ class CLI(LightningCLI):
             raise UsageError(text) from error
         if self.path is None:
             return
+        say(f"checkpoint: {one_line(self.path)}")
+        if self.difference:
+            say(f"warning: {self.difference}", file=sys.stderr)
         fill(self.model, self.checkpoint, self.path)
         if self.command not in ("fit", "validate"):  # both validate the net as it trains
             self.model.net = fold(self.model.net)
@@ -188,6 +188,7 @@ class CLI(LightningCLI):
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
+        rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]  # RANK may be of another job
         # Lightning's signal handlers wait for other processes, save within an epoch, and end with exit code 0 (its
         # issue 19916). Ours are in process.py.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -118,23 +118,29 @@ def run(command: str, args: list[str]) -> int:
     except SystemExit as leave:  # a signal, --help, --print_config, or a callback
         if isinstance(leave, process.Stopped) and command == "fit":
             say(f"stopped by {leave.name}{_how_to_go_on(cli)}", file=sys.stderr)
+        _end_other_processes(cli)
         if isinstance(leave.code, str):
             return tell(Failure(leave.code), 1)
         return int(leave.code or 0)
     except BrokenPipeError:  # nobody reads the output any more (``| head``): __main__ handles that
         raise
     except Exception as error:
+        _end_other_processes(cli)
         return tell(error, 2 if isinstance(error, UsageError) else 1)
     return 0
+
+
+def _end_other_processes(cli: CLI | None) -> None:
+    """Kills the processes that Lightning has started. They have nothing to save, and may wait for this one for ever."""
+    launcher: Any = cli and cli.trainer.strategy.launcher
+    if hasattr(launcher, "kill"):
+        launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has only SIGTERM
 
 
 def _how_to_go_on(cli: CLI | None) -> str:
     """Returns the end of a sentence that says how to resume a stopped training."""
     if cli is None or cli.run_writer is None:
         return ""
-    launcher: Any = cli.trainer.strategy.launcher
-    if hasattr(launcher, "kill"):  # Lightning started other processes
-        launcher.kill(signal.SIGTERM)
     folder = cli.run_writer.path
     if folder is None or not (folder / runs.LAST).is_file():
         return " before the first epoch was finished; start the run again"

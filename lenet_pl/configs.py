@@ -74,7 +74,8 @@ def read(name: str) -> str:
 def _find(name: str) -> Path:
     path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
     recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
-    if path.is_file() or (path.exists() and name not in recipes):
+    # os.path raises no error for any name.
+    if os.path.isfile(path) or (os.path.exists(path) and name not in recipes):  # noqa: PTH110, PTH113
         return path
     if name.removesuffix(".yaml") in recipes:
         return recipes[name.removesuffix(".yaml")]

@@ -150,7 +150,9 @@ def _download(url: str, name: str) -> bytes:
     from rich.progress import DownloadColumn, Progress
 
     columns = (*Progress.get_default_columns(), DownloadColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    bar = Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not getattr(sys.stderr, "isatty", bool)()
+    )
     limit = FILES[name][1] + 65536  # a mirror that never ends must not fill the memory
     body = bytearray()
     with urlopen(url, timeout=TIMEOUT) as response, bar:
@@ -190,6 +192,8 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m lenet_pl.download [FOLDER]      by default: data")
     try:
         print(ensure(sys.argv[1] if len(sys.argv) > 1 else "data"))
     except DataError as problem:

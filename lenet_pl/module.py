@@ -126,8 +126,9 @@ class LitLeNet(LightningModule):
         self.val_metrics.reset()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Returns a callback that leaves the random numbers as they were."""
-        return [LeaveAsBefore()]
+        """Returns a callback that leaves the random numbers as they were, unless the trainer has it already."""
+        has_it = any(isinstance(callback, LeaveAsBefore) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if has_it else [LeaveAsBefore()]
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""

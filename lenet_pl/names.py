@@ -22,5 +22,6 @@ def one_line(name: str | Path) -> str:
 
 
 def quoted(name: str | Path) -> str:
-    """Returns a name as one word for a shell; Windows' own knows no single quotes."""
-    return subprocess.list2cmdline([str(name)]) if os.name == "nt" else shlex.quote(str(name))
+    """Returns a path as one word for a shell, and not as an option. Windows' shell knows no single quotes."""
+    text = f"./{name}" if str(name).startswith("-") else str(name)
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)

@@ -24,7 +24,7 @@ class Stopped(SystemExit):
 def stopping() -> Iterator[None]:
     """Ends the process at once on Ctrl-C, SIGTERM, SIGHUP and, under SLURM, SIGUSR1.
 
-    Nothing has to be saved, because a run resumes from its last finished epoch. A second signal ends it without a
+    Nothing has to be saved, because a run resumes from its last finished epoch. After a second signal there is no
     message.
     """
     if threading.current_thread() is not threading.main_thread():  # Python handles signals only in the main thread
@@ -36,10 +36,14 @@ def stopping() -> Iterator[None]:
         if "SLURM_JOB_ID" in os.environ:
             codes[signal.SIGUSR1] = ("SIGUSR1", 143)
 
+    caught: list[int] = []
+
     def stop(signum: int, frame: Any) -> None:
-        for again in codes:
-            signal.signal(again, signal.SIG_DFL)
-        raise Stopped(*codes[signal.Signals(signum)])
+        name, code = codes[signal.Signals(signum)]
+        if caught:
+            os._exit(code)
+        caught.append(signum)
+        raise Stopped(name, code)
 
     wanted = [signum for signum in codes if signal.getsignal(signum) != signal.SIG_IGN]  # as under nohup
     before = {signum: signal.signal(signum, stop) for signum in wanted}

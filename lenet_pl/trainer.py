@@ -1,7 +1,10 @@
 """What a Trainer gets beside the options that the user gave, and the number of threads."""
 
+import contextlib
+import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +34,22 @@ def set_threads(threads: int | None, devices: str) -> int:
     processes = int(devices) if devices.isdecimal() else 1
     is_given = threads is not None
     if threads is None:
-        available = torch.get_num_threads()
+        available = min(torch.get_num_threads(), _quota())
         if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # where it is set, it is the share of a process
             available //= processes
-        threads = max(1, min(available, MOST_THREADS))
+        threads = max(1, min(int(available), MOST_THREADS))
     torch.set_num_threads(threads)
     if processes > 1 or is_given:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # otherwise Lightning sets another number
     return threads
+
+
+def _quota() -> float:
+    """Returns how many cores a container may use, which torch does not ask."""
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1.0, int(quota) / int(period))
+    return math.inf
 
 
 def trainer_options(options: Namespace, run_writer: RunFolder | None, step: int) -> dict[str, Any]:
@@ -71,7 +82,8 @@ def trainer_options(options: Namespace, run_writer: RunFolder | None, step: int)
         changed["logger"] = RunLogger(run_writer, step) if run_writer else False
     shows_bar = options.enable_progress_bar
     if shows_bar is None:
-        shows_bar = sys.stdout.isatty() and not options.barebones
+        is_terminal = getattr(sys.stdout, "isatty", bool)()  # a notebook may have put something else there
+        shows_bar = is_terminal and not options.barebones
     if shows_bar and not has(ProgressBar):
         callbacks.append(EpochBar(refresh_rate=5))  # Lightning's 100 times a second would slow the training down
     for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):

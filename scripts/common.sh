@@ -1,7 +1,7 @@
 # train.sh and test.sh source this file. It changes to the project's folder, and set_up makes the environment .venv.
 # usage: set_up [EXTRA]
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 say() { printf '\n== %s\n' "$*"; }
 

@@ -3,6 +3,7 @@
 # usage: bash scripts/test.sh [pytest arguments]      with arguments: only those tests
 #        bash scripts/test.sh --lowest                the fast suite with the lowest versions that pyproject.toml names
 set -u
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh scripts/test.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 install_lowest() { # PYTHON

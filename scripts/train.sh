@@ -2,6 +2,7 @@
 # Trains LeNet-5 on Fashion-MNIST and prints its test accuracy.
 # usage: bash scripts/train.sh [fit arguments]      by default: --config configs/lenet.yaml
 set -u
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh scripts/train.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 set_up

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from conftest import ROOT, same, weights
 from lightning.pytorch import Trainer
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet, commands, process
+from lenet_pl.__main__ import main
 from lenet_pl.callbacks import RunFolder
 from lenet_pl.names import quoted
 from lenet_pl.trainer import set_threads
@@ -119,6 +121,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(cli, workdir, monkeypatch, tin
 
 def test_a_path_with_spaces_is_one_word_for_the_shell_of_the_system(monkeypatch):
     assert [quoted(path) for path in ("a/b.ckpt", "a b/c.ckpt")] == ["a/b.ckpt", "'a b/c.ckpt'"]
+    assert quoted("-dash/b.ckpt") == "./-dash/b.ckpt"
     with monkeypatch.context() as patch:
         patch.setattr("os.name", "nt")
         assert [quoted(path) for path in (r"a\b.ckpt", r"a b\c.ckpt")] == [r"a\b.ckpt", r'"a b\c.ckpt"']
@@ -137,7 +140,50 @@ def test_utf8_whatever_the_locale(spawn, workdir):
     assert saved["data"]["val_size"] == 60
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_a_rank_of_another_job_hides_nothing(spawn, workdir, name):
+    env = os.environ | {name: "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out, err = spawn("fit", *TINY, "--trainer.max_epochs", 1, env=env).communicate(timeout=120)
+    assert err == ""
+    for needle in ("Test accuracy", "run folder", "next: "):
+        assert needle in out
+    assert list(workdir.glob("runs/lenet/version_0/events*"))
+
+
+def test_a_container_has_fewer_cores(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "150000 100000\n")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert set_threads(None, "auto") == 1
+    monkeypatch.setattr(Path, "read_text", lambda self: "max 100000\n")
+    assert set_threads(None, "auto") == 4
+
+
 # Streams
+
+
+def test_an_output_that_only_writes(cli, monkeypatch):
+    class Tee:
+        def write(self, text):
+            return len(text)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Tee())
+    assert main(["fit", *map(str, TINY)]) == 0
+
+
+def test_two_signals_at_once(spawn, workdir):
+    process = spawn("fit", *TINY, "--trainer.max_epochs", 1000)
+    for _ in range(1200):
+        if (workdir / "runs/lenet/version_0/checkpoints/last.ckpt").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 143)
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")

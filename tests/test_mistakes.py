@@ -95,6 +95,9 @@ WRONG_USE = [
     ("fit --model 3", "model=", "3", "--model.lr 0.001"),
     ("fit --trainer null", "trainer=", "null", "expected settings"),
     # Config files
+    (f"fit --config {'x' * 300}", "xxx", "does not exist"),
+    (f"fit --name {'🥾' * 100}", "🥾", "1 to 100 characters"),
+    ("fit --ckpt_path=", "Checkpoint ''", "does not exist"),
     ("fit --config 12345678", "12345678", "does not exist", "one of the recipes article, best"),
     ("fit --config lent.yaml", "lent.yaml", "did you mean lenet.yaml?"),
     ("fit --config besst", "besst", "did you mean best?"),
@@ -478,14 +481,19 @@ def test_a_console_that_takes_nothing(spawn):
     assert process.returncode == 1
 
 
-def test_a_library_that_torch_needs_is_missing(spawn):
+@pytest.mark.parametrize("error", ["OSError('libgomp.so.1: no such file')", "ModuleNotFoundError('torch')"])
+def test_a_library_is_missing(spawn, error):
     prelude = "class Finder:\n    def find_spec(name, path, target=None):\n"
-    prelude += "        if name == 'torch': raise OSError('libgomp.so.1: cannot open shared object file')\n"
+    prelude += f"        if name == 'torch': raise {error}\n"
     prelude += "sys.meta_path.insert(0, Finder)"
     process = spawn("test", prelude=prelude)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (1, "")
-    assert err == "error: libgomp.so.1: cannot open shared object file\n"
+    first, *rest = err.splitlines()
+    kind, _, text = error.partition("('")
+    assert first == f"error: {kind}: {text[:-2]}"
+    assert len(rest) == 2
+    assert ".venv/bin/activate" in rest[0]
 
 
 # Fuzz: whatever is given, never a traceback

@@ -8,6 +8,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -366,3 +367,11 @@ def test_a_browser_draws_it_all_and_fetches_nothing(page, browser, scheme, width
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert (requests, complaints) == ([page.as_uri()], [])
     tab.close()
+
+
+def test_a_users_matplotlibrc_changes_no_picture():
+    images = torch.randint(0, 256, (5, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    before = plots.png(plots.samples(images, list("abcde")))
+    theirs = {"image.interpolation": "bicubic", "font.family": "cursive", "savefig.transparent": True}
+    with matplotlib.rc_context(theirs):
+        assert plots.png(plots.samples(images, list("abcde"))) == before

@@ -25,11 +25,12 @@ STYLE: Any = {
     "font.size": 9,
     "grid.alpha": 0.4,
     "legend.frameon": False,
-    "text.usetex": False,  # a user's matplotlibrc may ask for it
 }
-_styled = matplotlib.rc_context(STYLE)
+# A user's matplotlibrc may ask for anything, such as TeX or a font that is not there.
+_styled = matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
 
 
+@_styled
 def png(figure: Figure) -> bytes:
     """Returns a figure as a PNG with this program's mark, by which ``files.find`` passes it over."""
     buffer = io.BytesIO()
