@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lenet_pl import __version__
+from lenet_pl.errors import Failure, tell
 
 COMMANDS = {
     "fit": "train; at the end score the best checkpoint on the test set",
@@ -29,13 +30,14 @@ start here:      python -m lenet_pl fit --config lenet
 all its options: python -m lenet_pl fit --help"""
 NO_LIBRARY = """\
 Is the environment active (source .venv/bin/activate), and lenet_pl installed in it (pip install .)?
-Or has a file in this folder the name of a library, such as random.py? Then rename it"""
+Or does a file in this folder have the name of a library, such as random.py? Then rename it"""
 
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line ``args``, by default ``sys.argv[1:]``, and returns the exit code.
 
-    It is 0 if all is done, 1 after a failure, 2 after wrong use, 130 after Ctrl-C, and 143 after SIGTERM.
+    It is 0 if all is done, 1 after a failure, 2 after wrong use, 130 after Ctrl-C, 143 after SIGTERM, and 129
+    where the terminal was closed.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -82,8 +84,7 @@ def _main(args: list[str]) -> int:
                 try:
                     from lenet_pl.commands import run  # takes seconds
                 except Exception as error:  # a library is missing or cannot start
-                    print(f"error: {type(error).__name__}: {error}\n{NO_LIBRARY}", file=sys.stderr)
-                    return 1
+                    return tell(Failure(f"{type(error).__name__}: {error}\n{NO_LIBRARY}"), 1)
                 return run(args[0], args[1:])
         except process.Stopped as stop:
             print(f"stopped by {stop.name}", file=sys.stderr)

@@ -58,7 +58,7 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
     """Decides how many optimizer steps one Lightning step runs, and prepares trainer and module for it.
 
     A datamodule calls this when it makes a loader. It returns ``wanted``, or 1 if something must see single steps, and
-    prints what that is. Without a running trainer it returns 1.
+    prints what that is. Unless a trainer is training, it returns 1.
     """
     if trainer is None or not trainer.training:  # the loader is for a loop by hand, or for a callback
         return 1
@@ -102,8 +102,8 @@ def count_batches(module: LightningModule, checkpoint: dict[str, Any]) -> None:
 
     A checkpoint within an epoch is resumed in single steps, and Lightning skips the batches that are counted there.
     """
-    if getattr(module, "runs_blocks", False):
-        loader: Any = module.trainer.train_dataloader
+    loader: Any = module.trainer.train_dataloader
+    if getattr(loader, "steps_per_block", 1) > 1:
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         for name, number in counts.items():
             counts[name] = min(number * loader.steps_per_block, loader.steps)

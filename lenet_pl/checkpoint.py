@@ -81,9 +81,9 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         line = (str(error) or type(error).__name__).splitlines()[0][:120].rstrip(".")
         raise CheckpointError(f"{name} is damaged, cut off or not a checkpoint: {line}{_REMEDY}") from error
     _require(content, KEYS, name)
-    for settings in (content["hyper_parameters"], content.get("datamodule_hyper_parameters")):
-        if isinstance(settings, dict):
-            settings.pop("_instantiator", None)  # a stock LightningCLI adds it
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if isinstance(content.get(key), dict):  # a stock LightningCLI adds names such as _instantiator
+            content[key] = {name: value for name, value in content[key].items() if not name.startswith("_")}
     return content
 
 

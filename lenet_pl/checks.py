@@ -52,7 +52,11 @@ def take_name(given: Namespace) -> str | None:
     if name is not None:
         fits = re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) is not None and name.strip(" .") != ""
         fits = fits and name == decoded(name) and len(name.encode()) <= 255
-        require(fits, f"name={name!r}", "1 to 100 characters for a folder in runs/, in UTF-8 and without slashes")
+        require(
+            fits,
+            f"name={name!r}",
+            "a folder in runs/: 1 to 100 characters (255 bytes) of UTF-8 without slashes",
+        )
     return name
 
 

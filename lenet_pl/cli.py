@@ -188,7 +188,7 @@ class CLI(LightningCLI):
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
-        rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]  # RANK may be of another job
+        rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]  # the variable RANK may belong to another job
         # Lightning's signal handlers wait for other processes, save within an epoch, and end with exit code 0 (its
         # issue 19916). Ours are in process.py.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

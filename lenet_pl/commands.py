@@ -1,12 +1,12 @@
 """The commands: each is a plain function."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 from lenet_pl import process, runs
 from lenet_pl.atomic import write_atomic
@@ -43,7 +43,9 @@ def fit(cli: CLI) -> None:
     if path is None:
         raise Failure("the training ended before its first epoch was finished, so there is nothing to score")
     if cli.config.test:
-        cli.path, cli.model = path, LitLeNet.load(path)
+        cli.path, trained = path, dict(cli.model.hparams)
+        cli.model = LitLeNet.load(path)
+        cli.model.hparams.update(trained)  # the report tells how it was trained
         report(cli)
         test(cli)  # last: ``auto`` takes a run with a score for finished
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
@@ -109,32 +111,36 @@ _FUNCTIONS = {function.__name__: function for function in (fit, validate, test, 
 
 
 def run(command: str, args: list[str]) -> int:
-    """Runs one command and returns its exit code (0, 1, 2, 130 or 143)."""
+    """Runs one command and returns its exit code: 0, 1, 2, or above 128 for a signal."""
     process.quiet()
     cli = None
     try:
         cli = CLI(command, args)
-        _FUNCTIONS[command](cli)
+        try:
+            _FUNCTIONS[command](cli)
+        except BaseException:
+            _end_other_processes(cli.trainer)
+            raise
     except SystemExit as leave:  # a signal, --help, --print_config, or a callback
         if isinstance(leave, process.Stopped) and command == "fit":
             say(f"stopped by {leave.name}{_how_to_go_on(cli)}", file=sys.stderr)
-        _end_other_processes(cli)
         if isinstance(leave.code, str):
             return tell(Failure(leave.code), 1)
         return int(leave.code or 0)
     except BrokenPipeError:  # nobody reads the output any more (``| head``): __main__ handles that
         raise
     except Exception as error:
-        _end_other_processes(cli)
         return tell(error, 2 if isinstance(error, UsageError) else 1)
     return 0
 
 
-def _end_other_processes(cli: CLI | None) -> None:
+def _end_other_processes(trainer: Trainer) -> None:
     """Kills the processes that Lightning has started. They have nothing to save, and may wait for this one for ever."""
-    launcher: Any = cli and cli.trainer.strategy.launcher
-    if hasattr(launcher, "kill"):
-        launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has only SIGTERM
+    started: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
+    for other in started:
+        other.kill()
+        other.wait()
+    started.clear()  # Lightning kills this process, too, if it finds one there that has failed
 
 
 def _how_to_go_on(cli: CLI | None) -> str:

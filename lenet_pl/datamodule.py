@@ -111,7 +111,7 @@ class FashionMNISTDataModule(LightningDataModule):
         return data.data.unsqueeze(1), data.targets
 
     def train_dataloader(self) -> TrainLoader:
-        """Returns shuffled, augmented mini-batches, in blocks if the module takes blocks.
+        """Returns shuffled, augmented mini-batches, in blocks if module and trainer allow them.
 
         A loop without a Trainer calls ``set_epoch`` of the loader before each epoch; otherwise all have the same order.
         """

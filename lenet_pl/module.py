@@ -99,15 +99,16 @@ class LitLeNet(LightningModule):
         content = checkpoint.load(path)
         settings = content["hyper_parameters"]
         accepted = inspect.getfullargspec(cls)
-        if accepted.varkw is None:  # a derived class may have other arguments
+        if cls is not LitLeNet and accepted.varkw is None:  # a derived class may have other arguments
             settings = {name: value for name, value in settings.items() if name in accepted.args + accepted.kwonlyargs}
         model = cls(**settings)
         checkpoint.fill(model, content, path)
         plain = fold(model.eval().net)
         if plain is not model.net:
             model.net = plain
-            model.hparams.update(batch_norm=False, composed_kernels=False)  # so that a checkpoint of it can be loaded
-        return model.eval()
+            # If it trains on, its checkpoints hold a plain net.
+            model.hparams.update(batch_norm=False, composed_kernels=False)
+        return model
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``."""
@@ -158,7 +159,7 @@ class LitLeNet(LightningModule):
             ends = blocks.total_steps(self.trainer) < float("inf")
             require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
             rates = {group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups}
-            require(len(rates) == 1, "model.schedule='one_cycle'", "one rate for all parameters: it sets no other")
+            require(len(rates) == 1, "model.schedule='one_cycle'", "the same learning rate in all parameter groups")
 
     def on_train_epoch_start(self) -> None:
         """Seeds dropout by the number of the epoch, so that a resumed epoch draws the same masks.
@@ -241,7 +242,7 @@ class LitLeNet(LightningModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the seed and the precision, so that the checkpoint alone is enough to repeat a score."""
+        """Adds seed and precision, which are enough to repeat a score, and counts mini-batches instead of blocks."""
         blocks.count_batches(self, checkpoint)
         checkpoint["seed"] = self.seed
         checkpoint["precision"] = self.trainer.precision

@@ -157,7 +157,7 @@ def refuse_url(path: str | Path) -> None:
 
 
 def versions() -> str:
-    """Returns the versions on which the bits of a result depend."""
+    """Returns the main versions on which the bits of a result depend."""
     packages = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "lightning"))
     return f"lenet_pl {__version__}, {packages}, Python {platform.python_version()}"
 

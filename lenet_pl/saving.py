@@ -44,8 +44,8 @@ class BestCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Takes over the score of best.ckpt, unless that is missing or of a later epoch than ``checkpoint``.
 
-        Otherwise the search starts afresh, because perhaps no later epoch would beat the old score, and there would be
-        no best.ckpt.
+        Otherwise the search starts afresh. If the old score stayed without its file, perhaps no later epoch would beat
+        it, and there would be no best.ckpt.
         """
         states = checkpoint["callbacks"]
         states.pop(self.state_key, None)

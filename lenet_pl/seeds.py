@@ -27,24 +27,26 @@ def training_seed(trainer: Trainer | None) -> int:
 
 
 class LeaveAsBefore(Callback):
-    """Leaves random numbers and module as they were before the training, however it ends.
+    """Leaves torch's random numbers on the CPU, and how the module optimizes, as they were before the training.
 
-    A training seeds dropout anew in each epoch. Without this, the nets that are made after it would begin alike.
+    A training seeds dropout anew in each epoch. Without this, the nets that are made after it would begin alike. With
+    several processes, Lightning itself goes back to the seed of ``seed_everything``.
     """
 
     state: Tensor | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Takes the state of the random numbers."""
-        self.state = torch.get_rng_state()
+        if stage == "fit":
+            self.state = torch.get_rng_state()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Gives it back, and ends blocks."""
         if self.state is not None:
             torch.set_rng_state(self.state)
             self.state = None
-        blocks.end(pl_module)
+            blocks.end(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Does the same after an error or Ctrl-C."""
-        self.on_fit_end(trainer, pl_module)
+        self.teardown(trainer, pl_module, "fit")

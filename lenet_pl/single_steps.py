@@ -64,9 +64,9 @@ def reason(trainer: Trainer) -> str | None:
     for piece in pieces:
         known = _known_class(piece)
         for hook in filter(lambda name: name.startswith(_STEP_HOOKS), dir(known)):
-            own = getattr(piece, hook)  # LambdaCallback sets its hooks on the instance
+            own = getattr(piece, hook, None)  # LambdaCallback sets its hooks on the instance
             if getattr(own, "__func__", own) is not getattr(known, hook):
-                return f"{type(piece).__name__} looks at single steps ({hook})"
+                return f"{type(piece).__name__} overrides {hook}, which may concern single steps"
     return None
 
 
@@ -84,4 +84,4 @@ def _known_class(piece: Any) -> type:
             return kind
         if ignores_steps and kind.__module__.startswith(("lightning.", "lenet_pl.")):
             return kind
-    return type(piece)
+    return Callback

@@ -45,7 +45,7 @@ def set_threads(threads: int | None, devices: str) -> int:
 
 
 def _quota() -> float:
-    """Returns how many cores a container may use, which torch does not ask."""
+    """Returns how many cores a container may use (cgroup v2), which torch ignores."""
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1.0, int(quota) / int(period))

@@ -34,8 +34,8 @@ try:
     import trials_table
     from optuna.exceptions import StorageInternalError
     from trials_plan import Plan
-except ImportError:
-    print("error: trials need Optuna: pip install 'lenet_pl[trials]'", file=sys.stderr)
+except ImportError:  # Windows has no fcntl
+    print("error: trials need Optuna, on Linux or macOS: pip install 'lenet_pl[trials]'", file=sys.stderr)
     sys.exit(2)
 
 OWN = {"seed_everything", "name", "ckpt_path", "test"}  # options of fit that each trial sets for itself

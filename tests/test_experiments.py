@@ -1,17 +1,21 @@
 """What researchers do with the parts from Python: nothing is skipped or changed without a word."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from test_ordinary_use import trained_net
 from test_own_pieces import QUIET, STEPS, data, train
 from torch import nn
 from torch.nn.utils import prune
 
 from lenet_pl import FashionMNISTDataModule, LeNet5, LitLeNet
+from lenet_pl.convolution import Conv2d
 from lenet_pl.errors import UsageError
 from lenet_pl.lenet import fold
 
@@ -73,7 +77,33 @@ def without_statistics(net):
     return net
 
 
-CHANGES = [hooked, pruned, without_activation, norm_after_activation, wrapped, without_statistics]
+class Quiet(Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x):
+        return 0 * super().forward(x)
+
+
+def derived_layer(net):
+    net.features[0] = Quiet(1, 6, 5, padding=2)
+    return net
+
+
+def own_forward(net):
+    net.forward = lambda images: images.new_ones(len(images), 10)
+    return net
+
+
+CHANGES = [
+    derived_layer,
+    own_forward,
+    hooked,
+    pruned,
+    without_activation,
+    norm_after_activation,
+    wrapped,
+    without_statistics,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -194,6 +224,24 @@ def test_manual_seed_counts_after_seed_everything(workdir):
     assert seeds == [1, 2, 1]
 
 
+@pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
+def test_a_search_leaves_no_traces(workdir, search):
+    seed_everything(3)
+    module, images = LitLeNet(), data()
+    options = {"num_training": 5} if search == "lr_find" else {"max_trials": 1, "steps_per_trial": 1}
+    getattr(Tuner(Trainer(max_epochs=1, **QUIET)), search)(module, datamodule=images, **options)
+    trainer = Trainer(max_epochs=1, gradient_clip_val=0.5, **QUIET)
+    trainer.fit(module, images)
+    assert module.seed == 3
+
+
+@pytest.mark.report
+def test_the_report_of_a_training_tells_how_it_was_trained(cli):
+    flags = ("--data.val_size", 60, "--data.batch_size", 8, "--trainer.max_epochs", 1)
+    assert cli("fit", *flags, "--model.batch_norm", "linear")[0] == 0
+    assert "batch normalisation while it trains" in Path("runs/lenet/version_0/report.html").read_text("utf-8")
+
+
 class Groups(LitLeNet):
     """Has two rates."""
 
@@ -203,7 +251,7 @@ class Groups(LitLeNet):
 
 
 def test_one_cycle_overwrites_no_rates_of_groups(workdir):
-    with pytest.raises(UsageError, match="expected one rate for all parameters"):
+    with pytest.raises(UsageError, match="expected the same learning rate in all parameter groups"):
         train(Groups(schedule="one_cycle"))
     train(Groups())
 

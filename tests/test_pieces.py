@@ -132,7 +132,7 @@ def test_own_callbacks(workdir, capsys):
     watcher, epochs = Watcher(), Epochs()
     _, out = fit([watcher, epochs], capsys)
     assert len(watcher.losses) == 34
-    assert "because Watcher looks at single steps (on_train_batch_end)" in out
+    assert "because Watcher overrides on_train_batch_end" in out
     assert epochs.losses[0] == pytest.approx(
         sum(loss * size for loss, size in zip(watcher.losses, [8] * 33 + [6], strict=True)) / 270, rel=1e-5
     )
@@ -156,7 +156,7 @@ def test_a_module_that_overrides_a_hook_of_the_step(workdir, capsys):
     module = Mine()
     _, out = fit([], capsys, module)
     assert module.steps == 34
-    assert "because Mine looks at single steps (optimizer_step)" in out
+    assert "because Mine overrides optimizer_step" in out
 
 
 @pytest.mark.filterwarnings("ignore:You have overridden")
@@ -167,7 +167,7 @@ def test_a_module_that_looks_at_batches_after_their_transfer(workdir, capsys):
             return images.flip(-1), labels
 
     _, out = fit([], capsys, Mine())
-    assert "because Mine looks at single steps (on_after_batch_transfer)" in out
+    assert "because Mine overrides on_after_batch_transfer" in out
 
 
 def test_a_datamodule_that_looks_at_batches_after_their_transfer(workdir, capsys):
@@ -178,7 +178,7 @@ def test_a_datamodule_that_looks_at_batches_after_their_transfer(workdir, capsys
 
     trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(LitLeNet(), Mirrored(batch_size=8, val_size=60))
-    assert "because Mirrored looks at single steps (on_after_batch_transfer)" in capsys.readouterr().out
+    assert "because Mirrored overrides on_after_batch_transfer" in capsys.readouterr().out
 
 
 def test_one_module_trains_with_blocks_and_without_in_turn(workdir, capsys):
@@ -423,7 +423,7 @@ def test_a_derived_piece_of_lightning_sees_single_steps(workdir, capsys):
     Trainer(max_epochs=1, callbacks=bar, logger=False, enable_checkpointing=False, accelerator="cpu").fit(
         LitLeNet(), data
     )
-    assert "because Bar looks at single steps (on_train_batch_end)" in capsys.readouterr().out
+    assert "because Bar overrides on_train_batch_end" in capsys.readouterr().out
     assert bar.steps == 34
 
 
@@ -524,7 +524,7 @@ def test_a_derived_datamodule_may_wrap_the_loader(workdir, capsys):
     trainer = Trainer(max_epochs=1, **PLAIN)
     trainer.fit(LitLeNet(schedule="one_cycle"), Noisy(batch_size=8, val_size=60))
     assert trainer.global_step == 34
-    assert "because Noisy looks at single steps (train_dataloader)" in capsys.readouterr().out
+    assert "because Noisy overrides train_dataloader" in capsys.readouterr().out
 
 
 def test_no_validation_images_leave_the_trainer_as_it_is(workdir):

@@ -230,6 +230,6 @@ def test_a_derived_module_sees_single_steps(workdir, capsys, kind, hook):
         "enable_model_summary": False,
     }
     Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, **options).fit(module, data)
-    reason = f"{kind.__name__} looks at single steps ({hook})"
+    reason = f"{kind.__name__} overrides {hook}"
     assert f"steps_per_execution: 1 instead of 50, because {reason}" in capsys.readouterr().out
     assert kind is Own or len(module.norms) == 34
