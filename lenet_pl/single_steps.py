@@ -52,6 +52,8 @@ def reason(trainer: Trainer) -> str | None:
     strategy = type(trainer.strategy).__name__
     if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         return f"{strategy} was not tried with blocks"
+    if not trainer.optimizers:
+        return "configure_optimizers asks for the number of steps"
     if len(trainer.optimizers) != 1 or trainer.lr_scheduler_configs:
         return "Lightning steps several optimizers, or a scheduler"
     optimizer = type(trainer.optimizers[0])

@@ -133,10 +133,11 @@ class Scheduled(LitLeNet):
         return [optimizer], [{"scheduler": OneCycleLR(optimizer, 1e-2, total_steps=steps), "interval": "step"}]
 
 
-def test_a_trainer_that_is_used_again_sees_the_scheduler_of_the_next_module(workdir):
+def test_a_trainer_that_is_used_again_sees_the_scheduler_of_the_next_module(workdir, capsys):
     trainer = train(LitLeNet())
     trainer.fit_loop.max_epochs = 3
     trainer.fit(Scheduled(), data())
+    assert "because configure_optimizers asks for the number of steps" in capsys.readouterr().out
     (scheduler,) = trainer.lr_scheduler_configs
     assert (scheduler.scheduler.total_steps, scheduler.scheduler.last_epoch) == (3 * STEPS, 2 * STEPS)
 
