@@ -41,7 +41,7 @@ from lenet_pl.graph import BlockGraph
 
 @dataclass
 class Block:
-    """Mini-batches for as many optimizer steps, in one piece, which Lightning moves to the device."""
+    """Several mini-batches in one piece, one for each optimizer step. Lightning moves it to the device."""
 
     fields: list[Tensor]  # of the same N samples, each [N, …], such as images and labels
     batch_size: int  # the last mini-batch may be smaller
@@ -93,14 +93,14 @@ def begin(module: LightningModule) -> None:
 
 
 def end(module: LightningModule) -> None:
-    """Brings a module back to single steps: a Trainer checks it before its next training."""
+    """Brings a module back to single steps. A Trainer checks how it optimizes before the next training."""
     _switch(module, on=False)
 
 
 def count_batches(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Lets a checkpoint count the mini-batches of its epoch: Lightning has counted blocks.
 
-    A checkpoint within an epoch is resumed in single steps, and Lightning skips the batches that are counted there.
+    A checkpoint within an epoch is resumed in single steps, and Lightning shortens that epoch by what is counted.
     """
     loader: Any = module.trainer.train_dataloader
     if getattr(loader, "steps_per_block", 1) > 1:
@@ -138,7 +138,7 @@ def run(
     """Takes an optimizer step on each mini-batch of a block.
 
     Args:
-        module: The module, in its ``training_step``; its single optimizer is an ``Adam`` or any other.
+        module: The module, in its ``training_step``; it has one optimizer, of any kind; Adam takes a faster way.
         block: The mini-batches, on the module's device.
         forward: Returns the outputs ``[B, …]`` and the mean loss of a mini-batch of B samples.
         compiled: Whether a GPU may run fused kernels, see :class:`BlockGraph`.

@@ -38,7 +38,7 @@ DECISIVE = (
     "trainer.val_check_interval",
     "trainer.overfit_batches",
 )
-# Settings that change what the numbers in a checkpoint mean: in every command, and where a net trains or validates.
+# Settings that change what a checkpoint's numbers mean: FIXED in every command, the others in fit and validate.
 FIXED = ("data.mean", "data.std")
 NET_AND_SPLIT = ("model.variant", "model.batch_norm", "model.composed_kernels", "data.val_size", "data.split_seed")
 
@@ -55,7 +55,7 @@ def take_name(given: Namespace) -> str | None:
         require(
             fits,
             f"name={name!r}",
-            "a folder in runs/: 1 to 100 characters (255 bytes) of UTF-8 without slashes",
+            "a folder in runs/: 1 to 100 characters (255 bytes) in UTF-8, without slashes",
         )
     return name
 
@@ -96,7 +96,7 @@ def check(command: str, config: Namespace) -> None:
 
 
 def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
-    """Says whether a run is finished, and as long as the settings ``new`` ask for; ``old`` are those of the run.
+    """Says whether a run is finished and has the length that ``new`` asks for. ``old`` are the run's own settings.
 
     Raises:
         UsageError: If it is finished but was trained with other settings.
@@ -114,7 +114,7 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
 
 
 def difference(command: str, config: Namespace, path: Path, checkpoint: dict[str, Any]) -> str | None:
-    """Says which setting differs from that of the training so that a score would mean nothing, or returns None.
+    """Names a setting that differs from the training's and makes a score meaningless, or returns None.
 
     Raises:
         UsageError: If there is one and the command trains or validates. With another split, for example, it would
@@ -157,5 +157,6 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resu
             f"trainer.max_epochs={max_epochs}: {path} has finished epoch {done}; expected at least {least}"
         )
     steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
-    if 0 < max_steps < steps:
-        raise UsageError(f"trainer.max_steps={max_steps}: {path} has finished step {steps}; expected at least that")
+    least = steps if is_last else steps + 1
+    if 0 < max_steps < least:
+        raise UsageError(f"trainer.max_steps={max_steps}: {path} has finished step {steps}; expected at least {least}")

@@ -43,11 +43,12 @@ def fit(cli: CLI) -> None:
     if path is None:
         raise Failure("the training ended before its first epoch was finished, so there is nothing to score")
     if cli.config.test:
-        cli.path, trained = path, dict(cli.model.hparams)
+        cli.path = path
+        trained = dict(cli.model.hparams)
         cli.model = LitLeNet.load(path)
         cli.model.hparams.update(trained)  # the report tells how it was trained
         report(cli)
-        test(cli)  # last: ``auto`` takes a run with a score for finished
+        test(cli)  # last: once a finished run has a score, ``auto`` does nothing more
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
     say(f"run folder: {one_line(folder)}\nnext: {one_line(command)}")
 
@@ -60,7 +61,7 @@ def validate(cli: CLI) -> None:
 
 
 def test(cli: CLI) -> None:
-    """Scores a checkpoint on the test images, writes test.json and prints the accuracy."""
+    """Scores a checkpoint on the test images, prints the accuracy, and writes test.json if it is the run's score."""
     assert cli.path is not None
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = rounded_metrics(cli.trainer)

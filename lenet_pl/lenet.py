@@ -67,16 +67,17 @@ class LeNet5(nn.Module):
 
     The ``article`` variant pads the second convolution and uses ReLU (107,786 parameters); ``classic`` keeps the
     unpadded second convolution and the tanh of LeCun, Bottou, Bengio and Haffner, "Gradient-Based Learning Applied
-    to Document Recognition" (1998), section II.B (61,706 parameters). Two simplifications of that paper are
-    customary and kept: the second convolution sees all six maps, and the output is a plain linear layer.
+    to Document Recognition" (1998), section II.B (61,706 parameters). Four simplifications of that paper are
+    customary and kept: the second convolution sees all six maps, pooling has no weights, tanh is not scaled, and the
+    output is a plain linear layer.
 
     Args:
         variant: ``"article"`` or ``"classic"``.
         dropout: Probability of zeroing an activation after each of the two hidden linear layers, 0 ≤ p < 1.
         init: First weights: ``"uniform"``, which is PyTorch's default, or ``"orthogonal"`` with gain √2 and zero biases
             (Saxe, McClelland & Ganguli 2014), where no two filters begin alike.
-        batch_norm: Whether to normalise batches (Ioffe & Szegedy 2015) after each layer with weights but the last.
-            With ``"linear"`` only after the two hidden linear layers, which costs a CPU next to nothing.
+        batch_norm: Whether to normalise batches (Ioffe & Szegedy 2015) after each layer that has weights, except the
+            last. With ``"linear"`` only after the two hidden linear layers, which costs a CPU next to nothing.
         composed_kernels: Whether each 5×5 kernel is composed of two, see :class:`ComposedKernel`. Their first weights
             are orthogonal, whatever ``init`` says.
 
@@ -190,7 +191,8 @@ def fold(net: LeNet5) -> LeNet5:
 
 def layers(net: LeNet5) -> list[tuple[str, str, int]]:
     """Returns kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters of the plain net's layers."""
-    plain, rows = fold(net), []
+    plain = fold(net)
+    rows: list[tuple[str, str, int]] = []
     modes = [(part, part.training) for part in plain.modules()]  # somebody may have changed the net: then it is no copy
     plain.eval()
     weight = next(plain.parameters())

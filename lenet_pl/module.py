@@ -116,7 +116,7 @@ class LitLeNet(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Takes the seed of a training, which starts in single steps."""
+        """Takes the seed of a training, and switches blocks off until the loader decides about them."""
         if stage == "fit":
             self.seed = training_seed(self.trainer)
             blocks.begin(self)
@@ -156,7 +156,8 @@ class LitLeNet(LightningModule):
         if self.hparams["compile"] and not in_graph:  # for a graph, graph.py compiles the whole step instead
             self.net.compile()
         if self.hparams["schedule"] == "one_cycle" and not self.lr_schedulers():
-            ends = blocks.total_steps(self.trainer) < float("inf")
+            self.total_steps = blocks.total_steps(self.trainer)
+            ends = self.total_steps < float("inf")
             require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
             rates = {group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups}
             require(len(rates) == 1, "model.schedule='one_cycle'", "the same learning rate in all parameter groups")
@@ -234,7 +235,7 @@ class LitLeNet(LightningModule):
         ``losses`` holds the loss of each image, or the mean loss of its mini-batch, ``[N]``.
         """
         if self.device.type != "mps":  # Apple's GPU has no float64
-            # In float64 the sum of the losses does not depend on the order in which blocks and processes add to it.
+            # In float64 the order in which blocks and processes add up the losses changes no digit that is written.
             # Lightning moves a metric each time that it logs it, and torchmetrics then forgets its type.
             metrics["loss"].set_dtype(torch.float64)
         classes = labels.argmax(1) if labels.ndim == 2 else labels  # soft labels, such as those of mixup

@@ -45,7 +45,8 @@ def stopping() -> Iterator[None]:
         caught.append(signum)
         raise Stopped(name, code)
 
-    wanted = [signum for signum in codes if signal.getsignal(signum) != signal.SIG_IGN]  # as under nohup
+    # Signals that are ignored, as under nohup, stay so.
+    wanted = [signum for signum in codes if signal.getsignal(signum) != signal.SIG_IGN]
     before = {signum: signal.signal(signum, stop) for signum in wanted}
     try:
         yield
@@ -54,7 +55,7 @@ def stopping() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-# How messages begin that Lightning prints unasked: advertisements, and notes that are not true here.
+# How messages begin that Lightning prints unasked: advertisements, and notes that are untrue or superfluous here.
 _UNASKED = (
     "GPU available",
     "TPU available",

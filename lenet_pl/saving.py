@@ -59,7 +59,7 @@ class BestCheckpoint(ModelCheckpoint):
             states[self.state_key] = {**state, "dirpath": self.dirpath, "best_model_path": str(self._best)}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Deletes a best.ckpt that is of a later epoch than the one from which the run resumes."""
+        """Deletes a best.ckpt that the run has not taken over: it is damaged, or of a later epoch."""
         if trainer.is_global_zero and not self.best_model_path:
             self._best.unlink(missing_ok=True)
 

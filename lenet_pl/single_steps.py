@@ -38,7 +38,8 @@ def reason(trainer: Trainer) -> str | None:
     """Returns why a training must run in single steps, as the end of a sentence, or None if it need not."""
     for option, harmless in _HARMLESS.items():
         value = getattr(trainer, option, None)  # val_check_interval is absent where a time was given
-        is_harmless = value == harmless and type(value) is type(harmless)
+        is_same_kind = type(value) is type(harmless) or not value  # overfit_batches may be 0 or 0.0
+        is_harmless = value == harmless and is_same_kind
         if not is_harmless:
             return f"trainer.{option} counts or changes single steps"
     if trainer.precision == "16-mixed":
@@ -65,7 +66,8 @@ def reason(trainer: Trainer) -> str | None:
         pieces.append(trainer.datamodule)  # type: ignore[attr-defined]
     for piece in pieces:
         known = _known_class(piece)
-        for hook in filter(lambda name: name.startswith(_STEP_HOOKS), dir(known)):
+        step_hooks = [name for name in dir(known) if name.startswith(_STEP_HOOKS)]
+        for hook in step_hooks:
             own = getattr(piece, hook, None)  # LambdaCallback sets its hooks on the instance
             if getattr(own, "__func__", own) is not getattr(known, hook):
                 return f"{type(piece).__name__} overrides {hook}, which may concern single steps"

@@ -11,9 +11,10 @@ command that died. ``optuna-dashboard sqlite:///runs/trials.db`` shows them.
 
 A trial is a process, ``fit --ckpt_path auto`` into ``runs/<recipe>-<hash of the settings>-seed<S>``; further arguments,
 such as ``--trainer.max_epochs 30``, go to ``fit``. A search draws its settings with TPE, and ends a trial early that
-does worse than the median. Bounds without a point draw whole numbers: ``0..3`` means 0, 1, 2 or 3, and ``0.0..3.0`` all
-between. Trials are compared by validation accuracy and read no test image; ``--final`` scores a recipe that is chosen
-on the test images. The table goes to the screen and to ``runs/<study>.md``; the last line is JSON.
+does worse than the median. Bounds of digits alone draw whole numbers: ``0..3`` means 0, 1, 2 or 3. Others, such as
+``0.0..3.0``, draw any number between them. Trials are compared by validation accuracy and read no test image;
+``--final`` scores a recipe that is chosen on the test images. The table goes to the screen and to ``runs/<study>.md``;
+the last line is JSON.
 
 Where there is a GPU, ``fit`` chooses it by itself, and the trials of a machine share it; if its memory is too small for
 so many, give fewer ``--workers``. Of several GPUs a trial would take all; give the command once for each GPU instead,
@@ -59,7 +60,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--final", action="store_true", help="score a chosen recipe on the test images")
     add("--workers", type=int, default=cores, help=f"trials at a time (default {cores}, the cores)")
     add("--storage", help="URL of a database (default SQLite in runs/trials.db)")
-    add("--heartbeat", type=int, default=10, help="seconds; silent for 6 of them is dead (default 10)")
+    add(
+        "--heartbeat",
+        type=int,
+        default=10,
+        help="seconds; silent for six times as long is dead (default 10)",
+    )
     add("--trainer.default_root_dir", dest="root", default=".", help="where runs/ lies (default .)")
     args, rest = parser.parse_known_args()
     args.root = os.path.expanduser(args.root)  # noqa: PTH111 (Path.expanduser raises for an unknown user)

@@ -33,7 +33,10 @@ class Plan:
         configs = [f"--config={config}" for config in args.config]
         self.fit = [*FIT, *configs, "--threads=1", *rest, f"--trainer.default_root_dir={args.root}"]
         # The settings that differ, and their values: {"model.dropout": "0,0.05"}
-        self.space = {name: values for name, _, values in (item.partition("=") for item in args.grid or args.search)}
+        self.space: dict[str, str] = {}
+        for item in args.grid or args.search:
+            name, _, values = item.partition("=")
+            self.space[name] = values
         self.settings = self._ask_fit()  # those that all trials share
         self.study = f"{self.recipe}-{digest(self.settings, self.space, bool(args.search), args.final)}"
         self.images = 10_000 if args.final else self.settings["data.val_size"]
@@ -45,8 +48,9 @@ class Plan:
         if args.search:
             self.jobs = {f"trial {k}": ({}, 0) for k in range(args.trials)}
             return
-        for seed, *values in itertools.product(range(args.seeds), *(v.split(",") for v in self.space.values())):
-            cell = dict(zip(self.space, values, strict=True))
+        choices: list[Any] = [values.split(",") for values in self.space.values()]
+        for seed, *drawn in itertools.product(range(args.seeds), *choices):
+            cell = dict(zip(self.space, drawn, strict=True))
             self.jobs[" ".join([*flags(cell), f"seed {seed}"])] = (cell, seed)
 
     def _ask_fit(self) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
 
 
 def digest(*settings: Any) -> str:
-    """Returns eight letters that stand for these settings and no others."""
+    """Returns eight hexadecimal digits that stand for these settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 

@@ -74,8 +74,8 @@ def claim(study: optuna.Study, plan: Plan) -> Trial | None:
         optuna.storages.fail_stale_trials(study)  # those of dead commands wait again
         for waiting in wanted(study, plan, TrialState.WAITING):
             storage.record_heartbeat(waiting._trial_id)  # first, or nobody notices if this command dies here
-            storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
-            return Trial(study, waiting._trial_id)
+            if storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+                return Trial(study, waiting._trial_id)
     return None
 
 
@@ -84,9 +84,14 @@ def work(study: optuna.Study, plan: Plan) -> None:
     running: list[Generator[bool]] = []
     try:
         while not stopped and wanted(study, plan, TrialState.WAITING, TrialState.RUNNING):
-            while len(running) < plan.args.workers and (trial := claim(study, plan)):
+            while len(running) < plan.args.workers:
+                trial = claim(study, plan)
+                if trial is None:
+                    break
                 running.append(train(study, trial, plan))
-            running = [training for training in running if next(training, False)]
+            for training in list(running):
+                if not next(training, False):  # it has ended
+                    running.remove(training)
             time.sleep(PAUSE)
     finally:
         for training in running:
@@ -161,7 +166,7 @@ def newest(parent: Path) -> Path:
 
 
 def result(parent: Path, metric: str) -> dict[str, float]:
-    """Reads the newest run in a folder: the accuracy of its best epoch, and those of training of the last."""
+    """Reads the newest run in a folder: times, best validation accuracy, last training metrics, and its test score."""
     run = newest(parent)
     rows = runs.read_results(run)
     validated = [float(row["val_acc"]) for row in rows if row["val_acc"]]

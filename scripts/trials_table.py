@@ -1,4 +1,4 @@
-"""The table of trials.py: a row for each settings, with mean, spread and error over the seeds."""
+"""The table of trials.py: a row for each set of settings, with mean, spread and error over the seeds."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def show(name: str, stats: dict[str, float]) -> str:
 
 
 def report(study: optuna.Study, plan: Plan) -> int:
-    """Prints and writes the table, a row for each settings, the best first; returns 1 if a trial failed."""
+    """Prints and writes the table, a row for each set of settings, the best first; returns 1 if a trial failed."""
     done = {trial.user_attrs["job"]: trial for trial in wanted(study, plan, *DONE)}
     trials = [done[job] for job in plan.jobs if job in done]
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
