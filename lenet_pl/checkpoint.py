@@ -113,11 +113,9 @@ def fill(module: LightningModule, content: dict[str, Any], path: str | Path) -> 
     try:
         module.load_state_dict(content["state_dict"])
     except RuntimeError as error:
-        variant = module.hparams["variant"]
         difference = str(error).splitlines()[1].strip()[:150]
         raise CheckpointError(
-            f"Checkpoint {str(path)!r} holds another net than model.variant={variant}: {difference}\n"
-            "Leave the --model options out, or give another file with --ckpt_path"
+            f"Checkpoint {str(path)!r} holds the weights of another net than its settings describe: {difference}{_REMEDY}"
         ) from error
 
 

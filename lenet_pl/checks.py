@@ -38,9 +38,12 @@ DECISIVE = (
     "trainer.val_check_interval",
     "trainer.overfit_batches",
 )
-# Settings that change what a checkpoint's numbers mean: FIXED in every command, the others in fit and validate.
-FIXED = ("data.mean", "data.std")
-NET_AND_SPLIT = ("model.variant", "model.batch_norm", "model.composed_kernels", "data.val_size", "data.split_seed")
+# Settings in which a command must agree with the checkpoint it starts from: the net, its pixels, and the split. With
+# another split, for example, it would validate with images that the net was trained on.
+FIXED = {
+    "hyper_parameters": ("model.variant", "model.batch_norm", "model.composed_kernels"),
+    "datamodule_hyper_parameters": ("data.mean", "data.std", "data.val_size", "data.split_seed"),
+}
 
 
 def take_name(given: Namespace) -> str | None:
@@ -113,26 +116,14 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
     return True
 
 
-def difference(command: str, config: Namespace, path: Path, checkpoint: dict[str, Any]) -> str | None:
-    """Names a setting that differs from the training's and makes a score meaningless, or returns None.
-
-    Raises:
-        UsageError: If there is one and the command trains or validates. With another split, for example, it would
-            validate with images that the net was trained on.
-    """
-    must_fit = command in ("fit", "validate")
-    keys = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-    for setting in NET_AND_SPLIT + FIXED if must_fit else FIXED:
-        group, name = setting.split(".")
-        new = config[setting]
-        old = checkpoint[keys[group]].get(name, new)  # an older checkpoint lacks newer settings
-        if old != new:
-            found = f"{setting}={new}: {one_line(path)} was trained with {old}"
-            remedy = "Leave that option or config file out, or begin a new run: fit without --ckpt_path"
-            if must_fit:
-                raise UsageError(f"{found}, and must keep that\n{remedy}")
-            return found
-    return None
+def check_fits(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
+    """Refuses settings with which the numbers of a checkpoint would mean something else."""
+    for group, settings in FIXED.items():
+        for setting in settings:
+            new = config[setting]
+            old = checkpoint[group].get(setting.split(".")[1], new)  # an older checkpoint lacks newer settings
+            remedy = "Leave that option or config file out; a new run begins without --ckpt_path"
+            require(old == new, f"{setting}={new}", f"{old}, with which {one_line(path)} was trained\n{remedy}")
 
 
 def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resumed: Path | None) -> None:

@@ -25,7 +25,6 @@ from lenet_pl.checkpoint import fill, load_ours
 from lenet_pl.console import help_text, say
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import UsageError, explain
-from lenet_pl.lenet import fold
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 from lenet_pl.trainer import TRAINER_DEFAULTS, set_threads, trainer_options
@@ -48,7 +47,6 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] = {}  # its content
         self.resumed: Path | None = None  # the folder of the run that a training resumes
         self.is_finished = False  # whether ``auto`` has found that run finished
-        self.difference: str | None = None  # what makes the command's results another than the training's
         self.run_writer: RunFolder | None = None  # the callback that writes the run folder of a training
         super().__init__(
             LitLeNet,
@@ -122,7 +120,7 @@ class CLI(LightningCLI):
         if self.resumed and self.config.ckpt_path == "auto":
             self.is_finished = checks.is_finished(self.resumed, parser.parse_object(stored), self.config)
         if self.path and not self.is_finished:
-            self.difference = checks.difference(self.command, self.config, self.path, self.checkpoint)
+            checks.check_fits(self.config, self.path, self.checkpoint)
             if self.command == "fit":
                 checks.check_resume(self.config, self.path, self.checkpoint, self.resumed)
 
@@ -172,11 +170,9 @@ class CLI(LightningCLI):
         if self.path is None:
             return
         say(f"checkpoint: {one_line(self.path)}")
-        if self.difference:
-            say(f"warning: {self.difference}", file=sys.stderr)
         fill(self.model, self.checkpoint, self.path)
         if self.command not in ("fit", "validate"):  # both validate the net as it trains
-            self.model.net = fold(self.model.net)
+            self.model.simplify()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the Trainer. A training gets a run folder."""

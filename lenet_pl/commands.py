@@ -44,9 +44,7 @@ def fit(cli: CLI) -> None:
         raise Failure("the training ended before its first epoch was finished, so there is nothing to score")
     if cli.config.test:
         cli.path = path
-        trained = dict(cli.model.hparams)
         cli.model = LitLeNet.load(path)
-        cli.model.hparams.update(trained)  # the report tells how it was trained
         report(cli)
         test(cli)  # last: once a finished run has a score, ``auto`` does nothing more
     command = f"python -m lenet_pl test --ckpt_path {quoted(path)}"
@@ -61,7 +59,7 @@ def validate(cli: CLI) -> None:
 
 
 def test(cli: CLI) -> None:
-    """Scores a checkpoint on the test images, prints the accuracy, and writes test.json if it is the run's score."""
+    """Scores a checkpoint on the test images, prints the accuracy, and writes test.json."""
     assert cli.path is not None
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = rounded_metrics(cli.trainer)
@@ -69,8 +67,7 @@ def test(cli: CLI) -> None:
     result |= {"n": int(metrics["n"]), "ckpt_path": str(cli.path), "seed": cli.config.seed_everything}
     if cli.trainer.is_global_zero:
         print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
-        is_whole = result["n"] == len(cli.datamodule.test_set[1])  # not with trainer.limit_test_batches
-        if is_whole and not cli.difference:  # otherwise it is no score of the run
+        if result["n"] == len(cli.datamodule.test_set[1]):  # not with trainer.limit_test_batches
             folder = runs.folder_of(cli.path) or runs.beside(cli.path)
             write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
 

@@ -103,12 +103,15 @@ class LitLeNet(LightningModule):
             settings = {name: value for name, value in settings.items() if name in accepted.args + accepted.kwonlyargs}
         model = cls(**settings)
         checkpoint.fill(model, content, path)
-        plain = fold(model.eval().net)
-        if plain is not model.net:
-            model.net = plain
-            # If it trains on, its checkpoints hold a plain net.
-            model.hparams.update(batch_norm=False, composed_kernels=False)
+        model.simplify()
         return model
+
+    def simplify(self) -> None:
+        """Folds the net into the plain LeNet-5, in evaluation mode, unless somebody has changed its layers."""
+        net = self.eval().net
+        self.net = fold(net)
+        if self.net is not net:  # if it trains on, its checkpoints hold a plain net
+            self.hparams.update(batch_norm=False, composed_kernels=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``."""

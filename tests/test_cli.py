@@ -66,14 +66,17 @@ def test_test_needs_only_the_checkpoint(cli):
     assert f"{before['test_acc']:.2%}" in out
 
 
-def test_explicit_flags_win_over_the_checkpoint(cli):
+def test_no_command_scores_a_checkpoint_with_other_settings_than_it_was_trained_with(cli):
     cli("fit", *TINY)
-    before = (RUN / "test.json").read_text()
-    code, out, err = cli("test", "--data.std", 3)
-    assert code == 0
-    assert err == f"warning: data.std=3.0: {RUN}/checkpoints/best.ckpt was trained with 0.353\n"
-    assert f"loss {json.loads(before)['test_loss']:.4f}" not in out
-    assert (RUN / "test.json").read_text() == before  # that was no score of the run
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    for command in ("test", "validate", "predict", "report", "export", "demo"):
+        code, _, err = cli(command, "--data.std", 3)
+        assert code == 2
+        assert err.startswith(
+            f"error: data.std=3.0: expected 0.353, with which {RUN}/checkpoints/best.ckpt was trained\n"
+        )
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+    assert cli("test", "--data.std", 0.353)[0] == 0
 
 
 def test_a_checkpoint_outside_a_run_folder_gets_its_test_json_beside_it(cli, workdir):

@@ -226,7 +226,7 @@ def article_rows(model, data, results, train_images=55_000):
     """Returns the table of a run whose second epoch is scored, on 10,000 test images."""
     data.train_set = (None, range(train_images))
     data.test_set = (None, range(10_000))
-    return {what: rest for what, *rest in article.rows(model, data, results, 2, 0.91)}
+    return {what: rest for what, *rest in article.rows(model.hparams, data, results, 2, 0.91)}
 
 
 def test_the_article_table_says_what_differs():

@@ -1,9 +1,10 @@
 """The article that this project rebuilds, and the table that puts a run beside it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lenet_pl.datamodule import FashionMNISTDataModule
-from lenet_pl.module import LitLeNet
+from lenet_pl.lenet import LeNet5
 
 # It trains LeNet-5 on Fashion-MNIST with Keras, in the section Artificial Intelligence of that blog.
 SOURCE = "Pavan Vadapalli, “Image Classification in CNN: Everything You Need to Know”, upGrad blog, 25 February 2021"
@@ -38,14 +39,18 @@ WHY = {
 
 
 def rows(
-    model: LitLeNet, data: FashionMNISTDataModule, results: Sequence[Mapping[str, str]], epoch: int, accuracy: float
+    settings: Mapping[str, Any],
+    data: FashionMNISTDataModule,
+    results: Sequence[Mapping[str, str]],
+    epoch: int,
+    accuracy: float,
 ) -> list[tuple[str, str, str, str]]:
     """Returns the table: for each line its name, what the article says, what holds here, and why the two differ.
 
-    ``data`` has read the training and test images. Without ``results``, the rows of results.csv, there are fewer lines.
+    ``settings`` are the arguments of the module that was trained. ``data`` has read the training and test images.
+    Without ``results``, the rows of results.csv, there are fewer lines.
     ``epoch``, 1 for the first, and ``accuracy`` on the test images, 0 to 1, are those of the checkpoint.
     """
-    settings = model.hparams
     table = [("test accuracy", f"{TEST_ACCURACY:.2%}", f"{accuracy:.2%}")]
     for result in results:
         if int(result["epoch"]) == epoch:
@@ -56,7 +61,7 @@ def rows(
         table.append(("seconds an epoch", "4", f"{seconds:.1f}"))
     plain = data.mean == 0 and data.std == 1
     at_the_peak = " at the peak of one cycle" if settings["schedule"] == "one_cycle" else ""
-    parameters = sum(parameter.numel() for parameter in model.net.parameters())
+    parameters = sum(parameter.numel() for parameter in LeNet5(settings["variant"]).parameters())
     table += [
         ("scored epoch", "30 of 30", f"{epoch} of {results[-1]['epoch']}" if results else str(epoch)),
         ("training images", "60,000", f"{len(data.train_set[1]):,}"),
@@ -66,7 +71,7 @@ def rows(
         ("Adam's ε", "1e-7", "1e-8"),
         ("first weights", "Glorot uniform, biases zero", FIRST_WEIGHTS[settings["init"]]),
         ("net", "107,786 parameters", f"{parameters:,} parameters"),
-        ("against overfitting", "nothing", _measures(model, data)),
+        ("against overfitting", "nothing", _measures(settings, data)),
     ]
     points = f"{100 * (accuracy - TEST_ACCURACY):+.2f}".replace("-", "−")
     error = 100 * (accuracy * (1 - accuracy) / len(data.test_set[1])) ** 0.5
@@ -75,9 +80,8 @@ def rows(
     return [(what, there, here, "the same" if there == here else why[what]) for what, there, here in table]
 
 
-def _measures(model: LitLeNet, data: FashionMNISTDataModule) -> str:
+def _measures(settings: Mapping[str, Any], data: FashionMNISTDataModule) -> str:
     """Lists what the recipe does against overfitting."""
-    settings = model.hparams
     measures = {
         "batch normalisation while it trains": settings["batch_norm"],
         "composed kernels while it trains": settings["composed_kernels"],

@@ -40,6 +40,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
     """
     state = checkpoint.load_ours(ckpt_path, resume=False)
     epoch, seed = state["epoch"] + 1, state["seed"]
+    settings = LitLeNet(**state["hyper_parameters"]).hparams  # an older checkpoint lacks newer settings
     run_folder = runs.folder_of(ckpt_path)
     folder = run_folder or runs.beside(ckpt_path)
     results = runs.read_results(run_folder) if run_folder else []
@@ -61,7 +62,7 @@ def write(ckpt_path: Path, model: LitLeNet, data: FashionMNISTDataModule) -> Pat
         scores=scores,
         bins=BINS,
         source=article.SOURCE,
-        article=article.rows(model, data, results, epoch, scores["accuracy"]),
+        article=article.rows(settings, data, results, epoch, scores["accuracy"]),
         pictures={name: b64encode(content).decode() for name, content in pictures.items()},
         validated=any(row["val_acc"] for row in results),
         origin=origin(results),
