@@ -25,14 +25,12 @@ class RunFolder(Callback):
         parent: The folder ``runs/<name>``. A new run gets the next free ``version_N`` in it.
         config: The complete configuration, as YAML.
         resumed: The folder of the run to resume, if any.
-        ckpt_path: The checkpoint from which it resumes; None if the run was stopped in its first epoch.
     """
 
     knows_blocks = True  # it looks only at epochs, see blocks.py
 
-    def __init__(self, parent: Path, config: str, resumed: Path | None = None, ckpt_path: Path | None = None) -> None:
-        self.parent, self.config = parent, config
-        self.resumed, self.ckpt_path = resumed, ckpt_path
+    def __init__(self, parent: Path, config: str, resumed: Path | None = None) -> None:
+        self.parent, self.config, self.resumed = parent, config, resumed
         self.path = resumed  # None until ``create`` makes the folder of a new run
         self.rows: list[dict[str, Any]] = list(runs.read_results(resumed)) if resumed else []
         self.finished = 0  # epochs
@@ -70,12 +68,15 @@ class RunFolder(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Counts the finished epochs. The patience and folder that a callback has now win over those in its state."""
         self.finished = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        changed: list[Any] = [(callback, "patience") for callback in trainer.early_stopping_callbacks]
-        changed += [(callback, "dirpath") for callback in trainer.checkpoint_callbacks]  # the run may have been moved
-        for callback, name in changed:
-            state = checkpoint["callbacks"].get(callback.state_key, {})
-            if name in state and hasattr(callback, name):
-                state[name] = getattr(callback, name)
+        states = checkpoint["callbacks"]
+        for stop in trainer.early_stopping_callbacks:
+            if stop.state_key in states:
+                states[stop.state_key]["patience"] = stop.patience
+        for saving in trainer.checkpoint_callbacks:
+            if not self.resumed:
+                states.pop(saving.state_key, None)  # a new run has no best epoch yet
+            elif "dirpath" in states.get(saving.state_key, {}):
+                states[saving.state_key]["dirpath"] = saving.dirpath  # the run may have been moved
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Ends the training at once if EarlyStopping had lost its patience before the resume.
@@ -107,8 +108,6 @@ class RunFolder(Callback):
             (folder / outdated).unlink(missing_ok=True)
         for half in folder.rglob(".*.tmp"):  # the stopped process was writing it
             half.unlink(missing_ok=True)
-        if self.ckpt_path:  # the next resume starts here, even if this training writes no checkpoint
-            write_atomic(folder / runs.LAST, self.ckpt_path.read_bytes())
         runs.write_results(folder, self.rows)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -141,13 +141,12 @@ def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resu
     if was_cut_short or epoch["processed"] < epoch["started"]:
         raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
     done, max_epochs = epoch["processed"], config.trainer.max_epochs
-    is_last = resumed is not None and path.name == Path(runs.LAST).name  # a finished run may be scored again
-    least = done if is_last else done + 1
+    least = done if resumed else done + 1  # a finished run may be scored again
     if max_epochs and max_epochs < least:
         raise UsageError(
             f"trainer.max_epochs={max_epochs}: {path} has finished epoch {done}; expected at least {least}"
         )
     steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
-    least = steps if is_last else steps + 1
+    least = steps if resumed else steps + 1
     if 0 < max_steps < least:
         raise UsageError(f"trainer.max_steps={max_steps}: {path} has finished step {steps}; expected at least {least}")

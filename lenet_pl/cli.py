@@ -129,10 +129,9 @@ class CLI(LightningCLI):
         is_fit = self.command == "fit"
         if is_fit and word == "auto":
             self.resumed = next(iter(runs.all_runs(self.root, self.name or DEFAULT_NAME)), None)
-            newest = runs.newest_checkpoint(self.resumed) if self.resumed else None
-            if self.resumed and not newest:  # it was stopped in its first epoch and starts again
+            if self.resumed and not (self.resumed / runs.LAST).is_file():  # it was stopped in its first epoch
                 return configs.of_run(self.resumed)
-            word = str(newest) if newest else None
+            word = str(self.resumed / runs.LAST) if self.resumed else None
         if is_fit and word is None:
             return {}
         if word is None:
@@ -140,7 +139,8 @@ class CLI(LightningCLI):
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         folder = runs.folder_of(self.path) if is_fit else None
-        if folder and name in (None, folder.absolute().parent.name):  # otherwise a new run begins from this checkpoint
+        is_last = folder is not None and self.path.name == Path(runs.LAST).name
+        if is_last and name in (None, folder.absolute().parent.name):  # otherwise a new run begins from this checkpoint
             self.resumed = folder
         return configs.of_run(folder) if folder else configs.of_checkpoint(self.checkpoint)
 
@@ -179,7 +179,7 @@ class CLI(LightningCLI):
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or DEFAULT_NAME)
-            self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed, self.path)
+            self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed)
         kwargs |= trainer_options(options, self.run_writer, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}

@@ -100,11 +100,6 @@ def scored_checkpoint(folder: Path) -> Path | None:
     return next(filter(os.path.isfile, (folder / BEST, folder / LAST)), None)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the checkpoint from which a run resumes: the last, or if that is lost the best, or None."""
-    return next(filter(os.path.isfile, (folder / LAST, folder / BEST)), None)
-
-
 def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -> Path:
     """Returns the file that ``--ckpt_path`` means, without opening it.
 

@@ -7,8 +7,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lenet_pl import runs
-from lenet_pl.checkpoint import load_ours
-from lenet_pl.errors import CheckpointError
 
 # How our own checkpoints are written: after each epoch, over the previous file.
 EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
@@ -40,32 +38,6 @@ class BestCheckpoint(ModelCheckpoint):
         """Saves if that was the best epoch, and if its last weights are those that were validated."""
         if self.validated_step == trainer.global_step and not is_unfinished(trainer):
             super().on_train_epoch_end(trainer, pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Takes over the score of best.ckpt, unless that is missing or of a later epoch than ``checkpoint``.
-
-        Otherwise the search starts afresh. If the old score stayed without its file, perhaps no later epoch would beat
-        it, and there would be no best.ckpt.
-        """
-        states = checkpoint["callbacks"]
-        states.pop(self.state_key, None)
-        try:
-            best = load_ours(self._best, resume=True)
-        except CheckpointError:  # it is missing or damaged
-            return
-        state = best["callbacks"].get(self.state_key)
-        if state and best["epoch"] <= checkpoint["epoch"]:
-            # The folder may have been moved.
-            states[self.state_key] = {**state, "dirpath": self.dirpath, "best_model_path": str(self._best)}
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Deletes a best.ckpt that the run has not taken over: it is damaged, or of a later epoch."""
-        if trainer.is_global_zero and not self.best_model_path:
-            self._best.unlink(missing_ok=True)
-
-    @property
-    def _best(self) -> Path:
-        return Path(str(self.dirpath), Path(runs.BEST).name)
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -243,31 +243,20 @@ def test_more_steps_for_a_run_that_max_steps_ended(cli):
     assert "was written within an epoch" in err
 
 
-def test_a_run_that_resumes_from_an_earlier_epoch_leaves_the_later_ones(cli):
-    """Whatever stops it then, the run goes on in the same branch."""
+def test_a_training_from_another_checkpoint_than_the_last_is_a_new_run(cli):
     keep = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=1")
     keep += ("--trainer.callbacks.filename={epoch}", "--trainer.callbacks.save_top_k=-1")
     assert cli("fit", *SMALL, "--model.lr", 0.0003, *keep)[0] == 0
-    first, best = RUN / "checkpoints/epoch=0.ckpt", RUN / "checkpoints/best.ckpt"
-    assert torch.load(best, weights_only=True)["epoch"] > 0
-    code, err = interrupted(["fit", "--ckpt_path", str(first)], LitLeNet, "validation_step", 1, signal.SIGTERM)
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    new = RUN.with_name("version_1")
+    first = ["fit", "--ckpt_path", str(RUN / "checkpoints/epoch=0.ckpt")]
+    code, err = interrupted(first, RunFolder, "on_train_epoch_start", 2, signal.SIGTERM)
     assert code == 143, err
-    assert err.endswith(f"resume with: python -m lenet_pl fit --ckpt_path {LAST}\n")
-    assert LAST.read_bytes() == first.read_bytes()
-    assert not best.exists()
-    assert len((RUN / "results.csv").read_text().splitlines()) == 2
+    assert err.endswith(f"resume with: python -m lenet_pl fit --ckpt_path {new}/checkpoints/last.ckpt\n")
     assert cli("fit", "--ckpt_path", "last")[0] == 0
-    assert [row["epoch"] for row in csv.DictReader((RUN / "results.csv").read_text().splitlines())] == ["1", "2", "3"]
-    assert best.exists()
-
-
-def test_the_best_checkpoint_of_an_earlier_epoch_stays(cli):
-    assert cli("fit", *SMALL, "--model.lr", 0.01)[0] == 0
-    best = RUN / "checkpoints/best.ckpt"
-    before = best.read_bytes()
-    code, _, err = cli("fit", "--ckpt_path", best, "--model.lr", 1e-12)
-    assert code == 0, err
-    assert best.read_bytes() == before
+    assert [row["epoch"] for row in csv.DictReader((new / "results.csv").read_text().splitlines())] == ["2", "3"]
+    assert (new / "checkpoints/best.ckpt").exists()
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
 
 
 def test_a_training_of_fewer_steps_than_the_checkpoint_is_refused(cli):

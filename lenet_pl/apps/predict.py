@@ -40,7 +40,6 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
         raise UsageError(f"output={one_line(folder)}: expected a folder, found a file")
     predictions = _predictions(data, probabilities)
     classified = [i for i, prediction in enumerate(predictions) if not prediction.error]
-    print(_table(predictions[:SHOWN]))
     table, picture = folder / "predictions.csv", folder / "predictions.png"
     write_atomic(table, _csv(predictions).encode())
     written = [table]
@@ -48,6 +47,7 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
         rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
         write_atomic(picture, plots.png(plots.predictions(rows)))
         written.append(picture)
+    print(_table(predictions[:SHOWN]))
     rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
     print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")
     print(f"written: {' and '.join(map(one_line, written))}")
