@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import runs
 from lenet_pl.atomic import write_atomic
+from lenet_pl.checkpoint import BestCheckpoint, LastCheckpoint, was_cut_short
 from lenet_pl.console import epoch_line
 from lenet_pl.errors import Failure
-from lenet_pl.saving import BestCheckpoint, LastCheckpoint, is_unfinished
 
 
-class RunFolder(Callback):
+class RunWriter(Callback):
     """Writes the run folder: config.yaml, and for each epoch a row of results.csv. It also prints a line each epoch.
 
     Args:
@@ -33,7 +33,7 @@ class RunFolder(Callback):
         self.parent, self.config, self.resumed = parent, config, resumed
         self.path = resumed  # None until ``create`` makes the folder of a new run
         self.rows: list[dict[str, Any]] = list(runs.read_results(resumed)) if resumed else []
-        self.finished = 0  # epochs
+        self.epochs = 0  # that are finished
         self.validated_step = -1
         self.started = 0.0  # time.perf_counter() at the start of the epoch
         self.fastest = math.inf  # seconds of the fastest epoch
@@ -66,17 +66,18 @@ class RunFolder(Callback):
                     callback.CHECKPOINT_NAME_LAST = f"{type(callback).__name__}-last"
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Counts the finished epochs. The patience and folder that a callback has now win over those in its state."""
-        self.finished = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        """Counts the finished epochs, and adapts the states of other callbacks to the settings of today."""
+        self.epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         states = checkpoint["callbacks"]
-        for stop in trainer.early_stopping_callbacks:
-            if stop.state_key in states:
-                states[stop.state_key]["patience"] = stop.patience
-        for saving in trainer.checkpoint_callbacks:
-            if not self.resumed:
-                states.pop(saving.state_key, None)  # a new run has no best epoch yet
-            elif "dirpath" in states.get(saving.state_key, {}):
-                states[saving.state_key]["dirpath"] = saving.dirpath  # the run may have been moved
+        for stopper in trainer.early_stopping_callbacks:
+            if stopper.state_key in states:
+                states[stopper.state_key]["patience"] = stopper.patience
+        for saver in trainer.checkpoint_callbacks:
+            if isinstance(saver, ModelCheckpoint) and saver.state_key in states:
+                if self.resumed:
+                    states[saver.state_key]["dirpath"] = saver.dirpath  # the run may have been moved
+                else:
+                    del states[saver.state_key]  # a new run has no best epoch yet
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Ends the training at once if EarlyStopping had lost its patience before the resume.
@@ -102,7 +103,7 @@ class RunFolder(Callback):
 
     def _resume(self, folder: Path) -> None:
         """Saves the settings with which a run resumes, and drops what is newer than its finished epochs."""
-        self.rows = [row for row in self.rows if int(row["epoch"]) <= self.finished]
+        self.rows = [row for row in self.rows if int(row["epoch"]) <= self.epochs]
         write_atomic(folder / runs.CONFIG, self.config.encode())
         for outdated in (runs.FINISHED, runs.SCORE, runs.REPORT):
             (folder / outdated).unlink(missing_ok=True)
@@ -135,9 +136,9 @@ class RunFolder(Callback):
                     f"{name} is NaN or infinite in epoch {epoch}: the training diverged at lr "
                     f"{pl_module.hparams['lr']}. Try a smaller --model.lr. Checkpoints of finished epochs are intact."
                 )
-        if is_unfinished(trainer):
+        if was_cut_short(trainer):
             return
-        self.finished = epoch
+        self.epochs = epoch
         if not trainer.is_global_zero:
             return
         self.rows.append(row)
@@ -158,18 +159,17 @@ class RunFolder(Callback):
     def finish(self, trainer: Trainer) -> Path:
         """Writes why the training ended, prints it if that was early, and returns the run folder."""
         folder = self.create()
-        done = self.finished
-        reason = _reason(trainer, done)
+        reason = _reason(trainer, self.epochs)
         if trainer.is_global_zero:
             if not self.started:
                 remedy = "" if reason else " To train longer, give a larger --trainer.max_epochs."
                 print(f"Nothing was left to train.{remedy}")
                 # No epoch has saved the settings.
                 write_atomic(folder / runs.CONFIG, self.config.encode())
-            if done:  # otherwise ``auto`` begins it again
-                write_atomic(folder / runs.FINISHED, f"{reason or f'all {done} epochs are trained'}\n".encode())
+            if self.epochs:  # otherwise ``auto`` begins it again
+                write_atomic(folder / runs.FINISHED, f"{reason or f'all {self.epochs} epochs are trained'}\n".encode())
             if reason:
-                print(f"The training ended after epoch {done}: {reason}")
+                print(f"The training ended after epoch {self.epochs}: {reason}")
         return folder
 
 
@@ -199,7 +199,7 @@ class RunLogger(TensorBoardLogger):
     ``step`` is the optimizer step from which the run resumes. Events of later steps are dropped.
     """
 
-    def __init__(self, run_writer: RunFolder, step: int = 0) -> None:
+    def __init__(self, run_writer: RunWriter, step: int = 0) -> None:
         super().__init__(run_writer.parent.parent, run_writer.parent.name, default_hp_metric=False, purge_step=step)
         self.run_writer = run_writer
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: they are written whole or not at all, verified before use, and cannot run code."""
+"""Checkpoint files: when they are written, whole or not at all; verified before use, so that none can run code."""
 
 import io
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl import runs
@@ -22,6 +23,8 @@ KEYS = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "pytor
 # What this package needs as well: the first to rebuild data and net, the second to resume a training.
 OURS = {"datamodule_hyper_parameters": dict, "seed": int, "epoch": int}
 _TRAINING = {"loops": dict, "optimizer_states": list}
+# How our own checkpoints are written: after each epoch, over the previous file.
+EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
 _REMEDY = f".\nGive another file with --ckpt_path, or train one: {runs.TRAIN}"
 
 
@@ -115,7 +118,7 @@ def fill(module: LightningModule, content: dict[str, Any], path: str | Path) -> 
     except RuntimeError as error:
         difference = str(error).splitlines()[1].strip()[:150]
         raise CheckpointError(
-            f"Checkpoint {str(path)!r} holds the weights of another net than its settings describe: {difference}{_REMEDY}"
+            f"Checkpoint {str(path)!r} has weights that do not fit the net in its settings: {difference}{_REMEDY}"
         ) from error
 
 
@@ -146,3 +149,43 @@ def _verified(file: IO[bytes]) -> io.BytesIO:
             target.writestr(zipfile.ZipInfo(member.filename), source.read(member))
     copy.seek(0)
     return copy
+
+
+def was_cut_short(trainer: Trainer) -> bool:
+    """Says whether a callback, such as a Timer, has ended the training within this epoch or before its first step.
+
+    Such an epoch does not count: a resumed run trains it again. An epoch that ``max_steps`` cuts short does count,
+    because the user asked for the weights at that step.
+    """
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    is_asked_for = 0 < trainer.max_steps <= trainer.global_step
+    return trainer.should_stop and not is_asked_for and (batches.current.ready == 0 or not batches.is_last_batch)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Writes best.ckpt: the epoch with the highest ``val_acc``, of equal ones the earliest; none without validation."""
+
+    def __init__(self) -> None:
+        super().__init__(filename=Path(runs.BEST).stem, monitor="val_acc", mode="max", **EACH_EPOCH)
+        self.validated_step = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Notes which weights have the score."""
+        self.validated_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves if that was the best epoch, and if its last weights are those that were validated."""
+        if self.validated_step == trainer.global_step and not was_cut_short(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes last.ckpt after each epoch. Lightning's ``save_last`` writes only when it saves another checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(filename=Path(runs.LAST).stem, **EACH_EPOCH)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves, unless the epoch was cut short."""
+        if not was_cut_short(trainer):
+            super().on_train_epoch_end(trainer, pl_module)

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lenet_pl import checks, configs, runs
-from lenet_pl.callbacks import RunFolder
+from lenet_pl.callbacks import RunWriter
 from lenet_pl.checkpoint import fill, load_ours
 from lenet_pl.console import help_text, say
 from lenet_pl.datamodule import FashionMNISTDataModule
@@ -47,11 +47,11 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] = {}  # its content
         self.resumed: Path | None = None  # the folder of the run that a training resumes
         self.is_finished = False  # whether ``auto`` has found that run finished
-        self.run_writer: RunFolder | None = None  # the callback that writes the run folder of a training
+        self.run_writer: RunWriter | None = None  # the callback that writes the run folder of a training
         super().__init__(
             LitLeNet,
             FashionMNISTDataModule,
-            save_config_callback=None,  # RunFolder writes the configuration
+            save_config_callback=None,  # RunWriter writes the configuration
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"lenet-pl {command}"},
@@ -139,10 +139,12 @@ class CLI(LightningCLI):
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         folder = runs.folder_of(self.path) if is_fit else None
-        is_last = folder is not None and self.path.name == Path(runs.LAST).name
-        if is_last and name in (None, folder.absolute().parent.name):  # otherwise a new run begins from this checkpoint
-            self.resumed = folder
-        return configs.of_run(folder) if folder else configs.of_checkpoint(self.checkpoint)
+        if folder is None:
+            return configs.of_checkpoint(self.checkpoint)
+        is_last = self.path.name == Path(runs.LAST).name
+        if is_last and name in (None, folder.absolute().parent.name):
+            self.resumed = folder  # otherwise a new run begins from this checkpoint
+        return configs.of_run(folder)
 
     def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:
         """Parses the settings of a checkpoint, without adding defaults."""
@@ -179,7 +181,7 @@ class CLI(LightningCLI):
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
             parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or DEFAULT_NAME)
-            self.run_writer = RunFolder(parent, self._saved_config(parent.name), self.resumed)
+            self.run_writer = RunWriter(parent, self._saved_config(parent.name), self.resumed)
         kwargs |= trainer_options(options, self.run_writer, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}

@@ -106,6 +106,11 @@ class FashionMNISTDataModule(LightningDataModule):
         if stage == "fit":
             self.seed = training_seed(self.trainer)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the blocks of a training that failed, because Lightning then calls no hook of the module."""
+        assert self.trainer is not None
+        blocks.end(self.trainer.lightning_module)
+
     def _read(self, train: bool) -> Batch:
         data = FashionMNIST(self.data_dir, train=train)
         return data.data.unsqueeze(1), data.targets

@@ -63,7 +63,7 @@ _UNASKED = (
     "Seed set to",
     "Restor",
     "Using ",
-    "`Trainer.fit` stopped",  # RunFolder says why a training ended
+    "`Trainer.fit` stopped",  # RunWriter says why a training ended
     "`Trainer(barebones",
     "Initializing distributed",
     "-----",  # the line above "distributed_backend=gloo"

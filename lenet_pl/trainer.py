@@ -13,10 +13,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
 from lightning.pytorch.plugins import CheckpointIO
 
-from lenet_pl.callbacks import RunFolder, RunLogger
-from lenet_pl.checkpoint import AtomicCheckpointIO
+from lenet_pl.callbacks import RunLogger, RunWriter
+from lenet_pl.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lenet_pl.console import EpochBar, Summary
-from lenet_pl.saving import BestCheckpoint, LastCheckpoint
 
 # Trainer's own defaults are 1000 epochs, and a validation of the untrained weights.
 TRAINER_DEFAULTS = {"max_epochs": 30, "num_sanity_val_steps": 0}
@@ -52,7 +51,7 @@ def _quota() -> float:
     return math.inf
 
 
-def trainer_options(options: Namespace, run_writer: RunFolder | None, step: int) -> dict[str, Any]:
+def trainer_options(options: Namespace, run_writer: RunWriter | None, step: int) -> dict[str, Any]:
     """Returns what a Trainer gets instead of the user's ``options``. A run resumes from the optimizer step ``step``."""
     callbacks, plugins = _listed(options.callbacks), _listed(options.plugins)
 

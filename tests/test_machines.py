@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 
 from lenet_pl import FashionMNISTDataModule, LitLeNet, commands, process
 from lenet_pl.__main__ import main
-from lenet_pl.callbacks import RunFolder
+from lenet_pl.callbacks import RunWriter
 from lenet_pl.names import quoted
 from lenet_pl.trainer import set_threads
 
@@ -236,14 +236,14 @@ def test_every_process_gets_the_same_share_of_the_cores(monkeypatch, cores, proc
 
 def test_an_epoch_that_takes_three_times_the_fastest_is_mentioned_once(capsys):
     torch.set_num_threads(2)
-    folder = RunFolder(Path("runs/x"), "")
+    folder = RunWriter(Path("runs/x"), "")
     for seconds in (5.0, 4.0, 11.0, 13.0, 4.0, 40.0):
         folder._warn_if_slow(seconds)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("This epoch took 3 times as long as the fastest one")
     assert "--threads 1" in line
     torch.set_num_threads(1)
-    folder = RunFolder(Path("runs/x"), "")
+    folder = RunWriter(Path("runs/x"), "")
     for seconds in (4.0, 40.0):
         folder._warn_if_slow(seconds)
     assert capsys.readouterr().out == ""
@@ -346,14 +346,14 @@ def test_results_that_a_spreadsheet_has_saved(cli, change, is_fine):
 
 
 def test_a_training_does_not_mind_what_happens_to_its_rows(cli, monkeypatch):
-    real = RunFolder.on_train_epoch_start
+    real = RunWriter.on_train_epoch_start
 
     def edit(self, trainer, pl_module):
         if trainer.current_epoch == 1:
             (self.create() / "results.csv").write_text("\ufeffopened in a spreadsheet")
         real(self, trainer, pl_module)
 
-    monkeypatch.setattr(RunFolder, "on_train_epoch_start", edit)
+    monkeypatch.setattr(RunWriter, "on_train_epoch_start", edit)
     code, _, err = cli("fit", *TINY, "--trainer.max_epochs", 2)
     assert (code, err) == (0, "")
     assert len(rows(RUN)) == 2

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lenet_pl import download, runs
 from lenet_pl.__main__ import main
-from lenet_pl.callbacks import RunFolder
+from lenet_pl.callbacks import RunWriter
+from lenet_pl.checkpoint import BestCheckpoint
 from lenet_pl.module import LitLeNet
-from lenet_pl.saving import BestCheckpoint
 
 # Python 3.12 warns of any fork where threads may live; the child here starts none before it is on its own.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -102,10 +102,10 @@ MOMENTS = {
     "before results.csv": (runs, "write_results", EPOCHS),
     "before best.ckpt": (BestCheckpoint, "on_train_epoch_end", EPOCHS),
     "before a rename": (Path, "replace", 10),
-    "between epochs": (RunFolder, "on_train_epoch_start", EPOCHS),
+    "between epochs": (RunWriter, "on_train_epoch_start", EPOCHS),
     "after the last block of an epoch": (LitLeNet, "on_validation_model_zero_grad", EPOCHS),
     "before the events": (TensorBoardLogger, "log_metrics", 2 * EPOCHS),  # of validation, and after last.ckpt
-    "before the end of the training": (RunFolder, "finish", 1),
+    "before the end of the training": (RunWriter, "finish", 1),
     "in the test": (LitLeNet, "test_step", 1),
 }
 
@@ -199,7 +199,7 @@ def test_a_second_signal_ends_without_a_word(workdir):
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(workdir):
-    code, err = interrupted(["fit", *RICH], RunFolder, "on_train_epoch_start", 1, signal.SIGTERM)
+    code, err = interrupted(["fit", *RICH], RunWriter, "on_train_epoch_start", 1, signal.SIGTERM)
     assert (code, err.startswith("stopped by SIGTERM")) == (143, True)
     assert not RUN.exists()
 
@@ -250,7 +250,7 @@ def test_a_training_from_another_checkpoint_than_the_last_is_a_new_run(cli):
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     new = RUN.with_name("version_1")
     first = ["fit", "--ckpt_path", str(RUN / "checkpoints/epoch=0.ckpt")]
-    code, err = interrupted(first, RunFolder, "on_train_epoch_start", 2, signal.SIGTERM)
+    code, err = interrupted(first, RunWriter, "on_train_epoch_start", 2, signal.SIGTERM)
     assert code == 143, err
     assert err.endswith(f"resume with: python -m lenet_pl fit --ckpt_path {new}/checkpoints/last.ckpt\n")
     assert cli("fit", "--ckpt_path", "last")[0] == 0
@@ -396,7 +396,7 @@ def test_tensorboard_has_no_gap_and_no_double_point(cli, name, nth, signum):
 
 
 def test_the_best_score_survives_a_move_of_the_run_folder(cli, undisturbed):
-    interrupted(["fit", *RICH], RunFolder, "on_train_epoch_start", 3, signal.SIGKILL)
+    interrupted(["fit", *RICH], RunWriter, "on_train_epoch_start", 3, signal.SIGKILL)
     moved = RUN.parent.with_name("moved") / "version_7"
     moved.parent.mkdir()
     RUN.rename(moved)
@@ -497,7 +497,7 @@ def test_a_run_that_early_stopping_ended_stays_ended(cli):
     stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc")
     stop += ("--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=1")
     args = ["fit", *SMALL, "--trainer.max_epochs", "30", *stop, "--test", "false"]
-    interrupted([*map(str, args)], RunFolder, "finish", 1, signal.SIGKILL)
+    interrupted([*map(str, args)], RunWriter, "finish", 1, signal.SIGKILL)
     before = LAST.read_bytes()
     for _ in range(2):
         code, out, err = cli("fit", "--ckpt_path", "last", "--test", "false")
