@@ -57,7 +57,7 @@ class Summary(Callback):
         """Prints the table."""
         if not trainer.is_global_zero:
             return
-        rows = layers(pl_module.net)
+        rows = layers(pl_module.hparams["variant"])
         table = Table("layer", "output shape", Column("parameters", justify="right"))
         for kind, shape, parameters in rows:
             table.add_row(kind, Text(shape), f"{parameters:,}")

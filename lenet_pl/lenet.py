@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.nn.utils.parametrize import register_parametrization
 
 from lenet_pl.convolution import Conv2d, convolve
 from lenet_pl.errors import require
@@ -156,51 +156,30 @@ def fold(net: LeNet5) -> LeNet5:
     """Returns a plain LeNet-5 in evaluation mode that computes what ``net`` computes in evaluation mode.
 
     A composed kernel becomes the 5×5 kernel. Batch normalisation, which after the training is a scale and an offset for
-    each channel, becomes part of the weights and the bias before it. A net that somebody has changed is returned as it
-    is.
+    each channel, becomes part of the weights and the bias before it. ``net`` has the layers that its class gave it.
     """
-    if type(net) is not LeNet5:
-        return net
-    for part in net.modules():
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-            return net
     with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
         plain = LeNet5(net.variant, net.dropout).eval()
-    kinds: list[type] = []  # of the layers without batch normalisation
-    weights: list[Any] = []  # the weight and bias of each layer
+    weights: list[Any] = []  # the weight and the bias of each layer
     for layer in (*net.features, *net.classifier):
-        is_composed = is_parametrized(layer, "weight")  # such a layer has a class of its own, derived from Conv2d
-        kind = type(layer).__bases__[0] if is_composed else type(layer)
-        if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
-            if kinds[-1:] not in ([Conv2d], [nn.Linear]) or layer.running_mean is None:
-                return net
-            fuse: Any = fuse_conv_bn_weights if kinds[-1] is Conv2d else fuse_linear_bn_weights
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            weights += [layer.weight, layer.bias]
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
+            fuse: Any = fuse_linear_bn_weights if weights[-2].ndim == 2 else fuse_conv_bn_weights
             statistics = (layer.running_mean, layer.running_var, layer.eps)
-            weights[-1] = fuse(*weights[-1], *statistics, layer.weight, layer.bias)
-            continue
-        kinds.append(kind)
-        if kind in (Conv2d, nn.Linear):
-            weights.append((layer.weight, layer.bias))
-    tensors = [tensor.detach() for pair in weights for tensor in pair if tensor is not None]
-    same_kinds = kinds == [type(layer) for layer in (*plain.features, *plain.classifier)]
-    if not same_kinds or [t.shape for t in tensors] != [t.shape for t in plain.state_dict().values()]:
-        return net
+            weights[-2:] = fuse(*weights[-2:], *statistics, layer.weight, layer.bias)
+    tensors = [weight.detach() for weight in weights]
     plain.load_state_dict(dict(zip(plain.state_dict(), tensors, strict=True)), assign=True)
     return plain
 
 
-def layers(net: LeNet5) -> list[tuple[str, str, int]]:
+def layers(variant: str) -> list[tuple[str, str, int]]:
     """Returns kind, output shape such as ``[N, 6, 28, 28]``, and number of parameters of the plain net's layers."""
-    plain = fold(net)
     rows: list[tuple[str, str, int]] = []
-    modes = [(part, part.training) for part in plain.modules()]  # somebody may have changed the net: then it is no copy
-    plain.eval()
-    weight = next(plain.parameters())
-    x = torch.zeros(1, 1, 28, 28, device=weight.device, dtype=weight.dtype)
-    for layer in (*plain.features, *plain.classifier):
+    with torch.device("meta"):  # only the shapes are computed
+        net, x = LeNet5(variant), torch.empty(1, 1, 28, 28)
+    for layer in (*net.features, *net.classifier):
         x = layer(x)
         shape = ", ".join(["N", *map(str, x.shape[1:])])
         rows.append((type(layer).__name__, f"[{shape}]", sum(p.numel() for p in layer.parameters())))
-    for part, training in modes:
-        part.training = training
     return rows

@@ -91,7 +91,7 @@ class LitLeNet(LightningModule):
     def load(cls, path: str | Path) -> "LitLeNet":
         """Returns the net of a checkpoint, folded into the plain LeNet-5, in evaluation mode.
 
-        Lightning's ``load_from_checkpoint`` returns the net as it trains, and does not verify the file.
+        A derived class keeps its own net. Lightning's ``load_from_checkpoint`` returns the net as it trains, and does not verify the file.
 
         Raises:
             CheckpointError: If the file is missing, damaged, of another net, or holds more than plain values.
@@ -107,11 +107,11 @@ class LitLeNet(LightningModule):
         return model
 
     def simplify(self) -> None:
-        """Folds the net into the plain LeNet-5, in evaluation mode, unless somebody has changed its layers."""
-        net = self.eval().net
-        self.net = fold(net)
-        if self.net is not net:  # if it trains on, its checkpoints hold a plain net
-            self.hparams.update(batch_norm=False, composed_kernels=False)
+        """Folds the net into the plain LeNet-5, in evaluation mode. A derived class keeps its own net."""
+        self.eval()
+        if type(self) is LitLeNet:
+            self.net = fold(self.net)
+            self.hparams.update(batch_norm=False, composed_kernels=False)  # if it trains on, its checkpoints say so
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl.callbacks import RunLogger, RunWriter
@@ -71,10 +71,6 @@ def trainer_options(options: Namespace, run_writer: RunWriter | None, step: int)
             callbacks += [BestCheckpoint(), LastCheckpoint()]
         if options.enable_model_summary is not False and not has(ModelSummary):
             callbacks.append(Summary())
-        if options.max_time and not has(Timer):  # beside a user's, Lightning says that it ignores max_time
-            # Ours ends a training only after an epoch, from which the run can be resumed.
-            callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
-            changed["max_time"] = None
         if options.log_every_n_steps is None:  # Lightning warns where an epoch has fewer batches: here they are blocks
             changed["log_every_n_steps"] = 1
     if options.logger in (None, True):

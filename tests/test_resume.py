@@ -336,7 +336,7 @@ def test_a_longer_training_leaves_no_score_of_the_shorter_one(cli):
 def test_a_run_that_its_time_ended_goes_on(cli):
     assert cli("fit", *SMALL, "--trainer.max_epochs", 9999, "--trainer.max_time", "00:00:00:01")[0] == 0
     state = torch.load(LAST, weights_only=True)
-    assert state["global_step"] == STEPS * (state["epoch"] + 1)  # the time ends a training at the end of an epoch
+    assert state["global_step"] == STEPS * (state["epoch"] + 1)  # an epoch that was cut short does not count
     more = ("--trainer.max_time", "00:01:00:00", "--trainer.max_epochs", state["epoch"] + 2)
     code, _, err = cli("fit", "--ckpt_path", "last", *more)
     assert code == 0, err
