@@ -78,7 +78,7 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
 def _start_a_new_epoch(trainer: Trainer) -> None:
     """Lets a run that resumes after a finished epoch start the next one.
 
-    Where ``max_steps`` ends the training, Lightning would first resume the finished one, without a batch.
+    Where ``max_steps`` ends the training, Lightning would first go through the finished epoch again, without a batch.
     """
     loop = trainer.fit_loop
     epoch: Any = loop.epoch_progress.current
@@ -89,7 +89,7 @@ def _start_a_new_epoch(trainer: Trainer) -> None:
 def begin(module: LightningModule) -> None:
     """Prepares a module for a training. Its loader decides about blocks only later, in :func:`prepare`."""
     end(module)  # an earlier training may have failed
-    module.trainer.optimizers = []  # single_steps would see those of the trainer's earlier training
+    module.trainer.optimizers = []  # otherwise single_steps would judge those of the trainer's earlier training
 
 
 def end(module: LightningModule) -> None:
@@ -100,7 +100,8 @@ def end(module: LightningModule) -> None:
 def count_batches(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Lets a checkpoint count the mini-batches of its epoch: Lightning has counted blocks.
 
-    A checkpoint within an epoch is resumed in single steps, and Lightning shortens that epoch by what is counted.
+    A ModelCheckpoint of Lightning's may save during a validation, before the epoch has ended. Such a checkpoint is
+    resumed in single steps, and Lightning skips as many batches of its epoch as are counted.
     """
     loader: Any = module.trainer.train_dataloader
     if getattr(loader, "steps_per_block", 1) > 1:

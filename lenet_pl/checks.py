@@ -24,19 +24,16 @@ ABOVE_0 = (
     "limit_test_batches",
     "limit_predict_batches",
 )
-# Options of the Trainer that a finished run must share with the new command, if it is to be the same run.
-DECISIVE = (
-    "trainer.precision",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.gradient_clip_val",
-    "trainer.gradient_clip_algorithm",
-    "trainer.accumulate_grad_batches",
-    "trainer.limit_train_batches",
-    "trainer.limit_val_batches",
-    "trainer.check_val_every_n_epoch",
-    "trainer.val_check_interval",
-    "trainer.overfit_batches",
+# Settings that leave the result of a training as it is: folders, what is shown, and what ``fit`` does afterwards.
+WITHOUT_EFFECT = (
+    "ckpt_path",
+    "data.data_dir",
+    "name",
+    "test",
+    "threads",
+    "trainer.default",
+    "trainer.enable",
+    "trainer.log",
 )
 # Settings in which a command must agree with the checkpoint it starts from: the net, its pixels, and the split. With
 # another split, for example, it would validate with images that the net was trained on.
@@ -108,10 +105,9 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
         return False
     if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
         return False
-    decisive = [f"model.{name}" for name in vars(new.model)] + [f"data.{name}" for name in vars(new.data)]
-    for name in ("seed_everything", *DECISIVE, *decisive):
-        if name != "data.data_dir" and old[name] != new[name]:
-            change = f"{name}: {old[name]} before, {new[name]} now"
+    for name, value in new.items():
+        if not name.startswith(WITHOUT_EFFECT) and old.get(name) != value:
+            change = f"{name}: {old.get(name)} before, {value} now"
             raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
     return True
 

@@ -29,7 +29,7 @@ class ComposedKernel(nn.Module):
         return convolve(first.transpose(0, 1), second.flip(2, 3), padding=2).transpose(0, 1)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws two orthogonal kernels for a layer of this shape; the values of ``weight`` are given up."""
+        """Draws two orthogonal kernels for a layer whose weights have the shape of ``weight``."""
         outputs, inputs = weight.shape[:2]
         between = 4 * max(outputs, inputs)  # channels
         first, second = weight.new_empty(between, inputs, 3, 3), weight.new_empty(outputs, between, 3, 3)

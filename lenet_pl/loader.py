@@ -45,8 +45,8 @@ class TrainLoader:
 
     Order and augmentation belong to an image's place in the epoch. So they depend neither on the size of a block nor on
     the number of processes: the mini-batches of all ranks together are those of one process with the same global batch.
-    All processes get shares of the same size. If the division leaves a remainder, the first images of the epoch fill up
-    the last shares.
+    All processes get shares of the same size. Where the images cannot be divided evenly, the last shares are filled up
+    with the first images of the epoch.
     """
 
     images: Tensor  # uint8, [N, 1, 28, 28], on the CPU or on the device that trains

@@ -77,7 +77,8 @@ class LitLeNet(LightningModule):
         self.train_metrics = metrics.clone(prefix="train_")
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
-        self.seed = 0
+        self.seed = 0  # of the training, like total_steps, which is the length of the one-cycle schedule
+        self.total_steps = float("inf")
 
     @classmethod
     def pretrained(cls) -> "LitLeNet":
@@ -91,7 +92,8 @@ class LitLeNet(LightningModule):
     def load(cls, path: str | Path) -> "LitLeNet":
         """Returns the net of a checkpoint, folded into the plain LeNet-5, in evaluation mode.
 
-        A derived class keeps its own net. Lightning's ``load_from_checkpoint`` returns the net as it trains, and does not verify the file.
+        A derived class keeps its own net. Lightning's ``load_from_checkpoint`` returns the net as it trains, and does
+        not verify the file.
 
         Raises:
             CheckpointError: If the file is missing, damaged, of another net, or holds more than plain values.
@@ -161,8 +163,7 @@ class LitLeNet(LightningModule):
         if self.hparams["compile"] and not in_graph:  # for a graph, graph.py compiles the whole step instead
             self.net.compile()
         if self.hparams["schedule"] == "one_cycle" and not self.lr_schedulers():
-            self.total_steps = blocks.total_steps(self.trainer)
-            ends = self.total_steps < float("inf")
+            ends = blocks.total_steps(self.trainer) < float("inf")
             require(ends, "model.schedule='one_cycle'", "trainer.max_epochs or trainer.max_steps, at which it ends")
             rates = {group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups}
             require(len(rates) == 1, "model.schedule='one_cycle'", "the same learning rate in all parameter groups")
@@ -170,7 +171,7 @@ class LitLeNet(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Seeds dropout by the number of the epoch, so that a resumed epoch draws the same masks.
 
-        The length of the schedule is set anew, because a callback may have changed the size of a batch.
+        The length of the schedule is counted anew, because a callback may have changed the size of a batch.
         """
         self.total_steps = blocks.total_steps(self.trainer)
         torch.manual_seed(seed_of(self.seed, self.current_epoch, self.global_rank))

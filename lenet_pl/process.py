@@ -61,8 +61,10 @@ _UNASKED = (
     "TPU available",
     "💡",
     "Seed set to",
-    "Restor",
-    "Using ",
+    "Restoring states from the checkpoint",
+    "Restored all states from the checkpoint",
+    "Using 16",
+    "Using bfloat16",
     "`Trainer.fit` stopped",  # RunWriter says why a training ended
     "`Trainer(barebones",
     "Initializing distributed",

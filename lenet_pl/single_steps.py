@@ -21,8 +21,8 @@ _STEP_HOOKS = (
     "training_step",
     "transfer_batch",
 )
-# Options of the Trainer that count or change single steps, with the values at which they do not.
-_HARMLESS: dict[str, Any] = {
+# Options of the Trainer that count or change single steps, each with the value at which it does neither.
+_NEUTRAL: dict[str, Any] = {
     "fast_dev_run": False,
     "overfit_batches": 0.0,
     "max_steps": -1,
@@ -36,11 +36,10 @@ _HARMLESS: dict[str, Any] = {
 
 def reason(trainer: Trainer) -> str | None:
     """Returns why a training must run in single steps, as the end of a sentence, or None if it need not."""
-    for option, harmless in _HARMLESS.items():
+    for option, neutral in _NEUTRAL.items():
         value = getattr(trainer, option, None)  # val_check_interval is absent where a time was given
-        is_same_kind = type(value) is type(harmless) or not value  # overfit_batches may be 0 or 0.0
-        is_harmless = value == harmless and is_same_kind
-        if not is_harmless:
+        is_same_kind = type(value) is type(neutral) or not value  # overfit_batches may be 0 or 0.0
+        if value != neutral or not is_same_kind:
             return f"trainer.{option} counts or changes single steps"
     if trainer.precision == "16-mixed":
         return "the loss scaler of 16-mixed precision looks at each step"

@@ -487,10 +487,17 @@ def test_auto_knows_a_finished_run_from_which_nothing_can_be_resumed(cli, flags)
 
 
 def test_auto_refuses_a_finished_run_with_other_options_of_the_trainer(cli):
-    assert cli("fit", *SMALL, "--ckpt_path", "auto")[0] == 0
-    code, _, err = cli("fit", *SMALL, "--trainer.gradient_clip_val", 0.1, "--ckpt_path", "auto")
-    assert code == 2
-    assert "trainer.gradient_clip_val: None before, 0.1 now" in err
+    command = ("fit", *SMALL, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc")
+    command += ("--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=logs", "--ckpt_path", "auto")
+    assert cli(*command)[0] == 0
+    for option, before, now in (("gradient_clip_val", None, 0.1), ("precision", None, "64-true")):
+        code, _, err = cli(*command, f"--trainer.{option}", now)
+        assert code == 2
+        assert f"trainer.{option}: {before} before, {now} now" in err
+    for harmless in (("--trainer.enable_progress_bar", "false"), ("--threads", 1), ("--data.data_dir", "data")):
+        code, out, err = cli(*command, *harmless)
+        assert (code, err) == (0, "")
+        assert "is finished" in out
 
 
 def test_a_run_that_early_stopping_ended_stays_ended(cli):

@@ -25,8 +25,8 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
     """Returns the pictures that a user names, each once, and prints a line about files that are not read.
 
     Folders are searched with their subfolders, but without hidden ones. A file in a folder, or one that a pattern
-    matches, counts if it has the suffix of a picture and was not written by this program. A file that is named itself
-    always counts.
+    matches, counts if it has the suffix of a picture and was not written by this program. A file that the user
+    names directly always counts.
 
     Args:
         images: A file, a folder, or a pattern such as ``*.png`` where nothing has that name; or several of them.
