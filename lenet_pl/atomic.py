@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 # Errors that fsync of a folder gives on file systems that cannot do it, such as network shares, FUSE and VirtualBox.
@@ -13,28 +14,31 @@ _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCE
 def write_atomic(path: Path, data: bytes) -> None:
     """Replaces the content of a file. At every moment the file holds the complete old or the complete new content.
 
-    Missing folders are made. The content goes to a temporary file beside ``path``, which is then renamed: a rename is
+    Missing folders are made. The content goes to a temporary file in the same folder, which is then renamed: that is
     atomic only within one file system.
 
     Raises:
         OSError: If the file cannot be written, for example without permission or space. ``filename`` of the error is
             ``path``, which is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # two processes may write the same file
+    real = Path(os.path.realpath(path))  # a link stays a link
+    real.parent.mkdir(parents=True, exist_ok=True)
+    temporary = real.with_name(f".{secrets.token_hex(8)}.tmp")  # two processes may write the same file
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # without this, a power cut after the rename could leave an empty file
-        temporary.replace(path)
+        with contextlib.suppress(OSError):  # there is no old file
+            shutil.copymode(real, temporary)
+        temporary.replace(real)
     except OSError as error:
         error.filename = str(path)  # otherwise it is empty or the temporary file
         raise
     finally:  # after Ctrl-C too; a rename has left nothing to delete
         with contextlib.suppress(OSError):  # a file system that can only be read refuses this
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync_folder(real.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -25,6 +25,7 @@ pull requests). Four others are in single_steps.py, cli.py (signals) and console
 - ``_batches_that_stepped`` is the step that loggers show (11805). A block adds all its steps to it.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -36,6 +37,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lenet_pl import adam, single_steps
+from lenet_pl.errors import Failure
 from lenet_pl.graph import BlockGraph
 
 
@@ -69,6 +71,8 @@ def prepare(trainer: Trainer | None, wanted: int) -> int:
         rank_zero_only(print)(f"steps_per_execution: 1 instead of {wanted}, because {reason}")
     steps = 1 if reason else wanted
     _switch(trainer.lightning_module, on=steps > 1)
+    # A module that knows blocks logs once an epoch, however few batches that has.
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval")
     loop = trainer.fit_loop.epoch_loop
     loop.manual_optimization.optim_step_progress.total = loop.automatic_optimization.optim_progress.optimizer.step.total
     _start_a_new_epoch(trainer)
@@ -147,8 +151,17 @@ def run(
     Returns:
         The outputs of all N samples, ``[N, …]``, and for each the mean loss of its mini-batch, ``[N]``; both without
         gradients.
+
+    Raises:
+        Failure: If a callback has changed what a step does, after the training began in blocks.
     """
     trainer = module.trainer
+    changed = trainer.accumulate_grad_batches != 1 or trainer.gradient_clip_val or trainer.lr_scheduler_configs
+    if changed:  # by a callback, after ``prepare`` has looked
+        raise Failure(
+            "a callback has set accumulate_grad_batches, gradient_clip_val or a scheduler, which blocks would ignore\n"
+            "Set it before the training begins, or let each step run by itself: --data.steps_per_execution 1"
+        )
     optimizer: Any = module.optimizers(use_pl_optimizer=False)
     trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
     is_alone = trainer.world_size == 1  # otherwise Lightning sums the gradients of all processes

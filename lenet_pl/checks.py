@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from lenet_pl import runs
-from lenet_pl.errors import UsageError, require
+from lenet_pl.errors import UsageError, require, shorten
 from lenet_pl.names import decoded, one_line
 
 # Options of the Trainer that must be above 0.
@@ -68,7 +68,7 @@ def check(command: str, config: Namespace) -> None:
     for option in options:
         value = trainer[option]
         is_number = isinstance(value, int | float)
-        is_endless = option == "max_steps" and value == -1
+        is_endless = option in ("max_epochs", "max_steps") and value == -1
         fits = not is_number or value > 0 or is_endless
         require(fits, f"trainer.{option}={value}", "a number above 0")
     require(command == "fit" or not trainer.barebones, "trainer.barebones=true", "false, because it keeps no scores")
@@ -107,7 +107,7 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
         return False
     for name, value in new.items():
         if not name.startswith(WITHOUT_EFFECT) and old.get(name) != value:
-            change = f"{name}: {old.get(name)} before, {value} now"
+            change = f"{name}: {shorten(str(old.get(name)))} before, {shorten(str(value))} now"
             raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
     return True
 

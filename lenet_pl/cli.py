@@ -7,6 +7,7 @@ checkpoint or its run folder, config files, flags.
 import argparse
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ from lenet_pl.callbacks import RunWriter
 from lenet_pl.checkpoint import fill, load_ours
 from lenet_pl.console import help_text, say
 from lenet_pl.datamodule import FashionMNISTDataModule
-from lenet_pl.errors import UsageError, explain
+from lenet_pl.errors import UsageError, explain, require
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 from lenet_pl.trainer import TRAINER_DEFAULTS, set_threads, trainer_options
 
 DEFAULT_NAME = "lenet"  # of a run whose command names neither a config file nor --name
-# Options of the Trainer that take objects with options of their own.
-OBJECTS = tuple(f"trainer.{name}" for name in ("callbacks", "logger", "plugins", "profiler", "strategy"))
+# Options of the Trainer that take objects with options of their own, in the first three cases several of them.
+LISTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins")
+OBJECTS = (*LISTS, "trainer.profiler", "trainer.strategy")
 
 
 class CLI(LightningCLI):
@@ -102,17 +104,20 @@ class CLI(LightningCLI):
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
             self.name = checks.take_name(given)
             stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path"), given.get("name")))
-            if prints and not stored:
-                parser.parse_args(args)  # jsonargparse prints the settings with all defaults, and exits
-            for key in OBJECTS:
-                if key in given:
-                    given[key] = configs.joined(stored.get(key), given[key])
-            # As given, for config.yaml: parsing adds defaults that YAML cannot hold.
+            for key in LISTS:
+                for settings in (stored, given):
+                    if isinstance(settings.get(key), Namespace):
+                        settings[key] = [settings[key]]
+                if any(arg.startswith(f"--{key}+") for arg in args) and isinstance(stored.get(key), list):
+                    given[key] = configs.joined(stored[key], given[key])
             self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
             self.config = parser.parse_object(given, stored)
-            if prints:
-                skipped = {"skip_none": "skip_null" in prints[0], "skip_default": "skip_default" in prints[0]}
-                print(parser.dump(self.config, **skipped))
+            for arg in prints:
+                skipped = set(filter(None, arg.partition("=")[2].split(",")))
+                fits = skipped <= {"skip_null", "skip_default"}
+                require(fits, arg, "skip_null or skip_default after the equals sign, or nothing")
+                text = self._dump(skip_none="skip_null" in skipped, skip_default="skip_default" in skipped)
+                print(text, end="")
                 sys.exit(0)
         except (ArgumentError, TypeError, KeyError) as error:
             raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
@@ -135,16 +140,17 @@ class CLI(LightningCLI):
         if is_fit and word is None:
             return {}
         if word is None:
-            word = "best" if self.name or runs.all_runs(self.root) else "pretrained"
+            word = "best" if name or runs.all_runs(self.root) else "pretrained"
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         folder = runs.folder_of(self.path) if is_fit else None
         if folder is None:
             return configs.of_checkpoint(self.checkpoint)
+        settings = configs.of_run(folder)
         is_last = self.path.name == Path(runs.LAST).name
-        if is_last and name in (None, folder.absolute().parent.name):
+        if is_last and name in (None, settings.get("name"), folder.absolute().parent.name):
             self.resumed = folder  # otherwise a new run begins from this checkpoint
-        return configs.of_run(folder)
+        return settings
 
     def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:
         """Parses the settings of a checkpoint, without adding defaults."""
@@ -153,7 +159,7 @@ class CLI(LightningCLI):
         except (ArgumentError, TypeError, KeyError) as error:
             why = explain(str(error), self.command, ()).splitlines()[0]
             source = self.path or self.resumed
-            raise UsageError(f"{str(source)!r} has settings of another version: {why}") from error
+            raise UsageError(f"{str(source)!r} has settings of another version or class: {why}") from error
         return stored
 
     def instantiate_classes(self) -> None:
@@ -180,8 +186,13 @@ class CLI(LightningCLI):
         """Builds the Trainer. A training gets a run folder."""
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
-            parent = self.resumed.absolute().parent if self.resumed else self.root / (self.name or DEFAULT_NAME)
-            self.run_writer = RunWriter(parent, self._saved_config(parent.name), self.resumed)
+            if self.resumed:
+                parent = self.resumed.absolute().parent
+                name = self.config.name or parent.name
+            else:
+                name = self.name or self.config.name or DEFAULT_NAME
+                parent = self.root / name
+            self.run_writer = RunWriter(parent, self._saved_config(name), self.resumed)
         kwargs |= trainer_options(options, self.run_writer, self.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
@@ -194,9 +205,16 @@ class CLI(LightningCLI):
 
     def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run, with these versions."""
+        self.config.name, self.config.ckpt_path = name, None
+        now = datetime.now().astimezone().isoformat()
+        return f"# Written by {runs.versions()}, at {now}.\n{self._dump(skip_none=False)}"
+
+    def _dump(self, **options: Any) -> str:
+        """Returns the configuration as YAML, with callbacks and the like as they were given.
+
+        The defaults of their classes are left out, because such a default may be an object that YAML cannot hold.
+        """
         config = self.config.clone()
         for key, value in self.given_objects.items():
             config[key] = value or config[key]
-        config.name, config.ckpt_path = name, None
-        settings = self.parser.dump(config, skip_none=False, format="yaml")
-        return f"# Written by {runs.versions()}.\n{settings}"
+        return str(self.parser.dump(config, format="yaml", **options))

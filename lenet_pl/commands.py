@@ -66,10 +66,12 @@ def test(cli: CLI) -> None:
     result: dict[str, Any] = {name: metrics[name] for name in ("test_acc", "test_loss")}
     result |= {"n": int(metrics["n"]), "ckpt_path": str(cli.path), "seed": cli.config.seed_everything}
     if cli.trainer.is_global_zero:
-        print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
-        if result["n"] == len(cli.datamodule.test_set[1]):  # not with trainer.limit_test_batches
-            folder = runs.folder_of(cli.path) or runs.beside(cli.path)
-            write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
+        try:
+            if result["n"] == len(cli.datamodule.test_set[1]):  # not with trainer.limit_test_batches
+                folder = runs.folder_of(cli.path) or runs.beside(cli.path)
+                write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
+        finally:
+            print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
 
 
 def predict(cli: CLI) -> None:

@@ -75,7 +75,7 @@ def _find(name: str) -> Path:
     path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
     recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
     # os.path raises no error for any name.
-    if os.path.isfile(path) or (os.path.exists(path) and name not in recipes):  # noqa: PTH110, PTH113
+    if os.path.isfile(path) or (os.path.lexists(path) and name not in recipes):  # noqa: PTH113
         return path
     if name.removesuffix(".yaml") in recipes:
         return recipes[name.removesuffix(".yaml")]
@@ -96,12 +96,14 @@ def with_home_folders(settings: Any) -> Any:
     return os.path.expanduser(settings) if isinstance(settings, str) else settings  # noqa: PTH111 (as above)
 
 
-def joined(stored: Any, given: Any) -> Any:
-    """Joins stored callbacks (loggers, plugins) with given ones, which replace the stored ones of their class."""
-    if not isinstance(stored, list) or not isinstance(given, list) or not given:  # [] removes the stored ones
-        return given
-    classes = [one.class_path for one in given]
-    return [one for one in stored if one.class_path not in classes] + given
+def joined(stored: list[Namespace], given: list[Namespace]) -> list[Namespace]:
+    """Adds callbacks (loggers, plugins) to those of a run. They replace those that have their class and ``monitor``."""
+    new = [_identity(piece) for piece in given]
+    return [piece for piece in stored if _identity(piece) not in new] + given
+
+
+def _identity(piece: Namespace) -> tuple[str, Any]:
+    return piece.class_path, piece.get("init_args.monitor")
 
 
 def of_run(folder: Path) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         """Returns the validation batches, or nothing where no images are held out for them."""
-        if not self.val_size:
+        if not len(self.val_set[1]):
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # that is meant
             return []
         return EvalLoader(**self._shared_arguments(self.val_set))

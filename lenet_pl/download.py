@@ -81,10 +81,12 @@ def _is_sound(path: Path) -> bool:
 def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
     """Tries one source after another until no file is missing."""
     failures: dict[str, str] = {}  # source: reason
-    named = os.environ.get("LENET_PL_DATA_SOURCE")
-    sources = [str(raw), *SOURCES]  # somebody may have put .gz files into raw
+    named = os.path.expanduser(os.environ.get("LENET_PL_DATA_SOURCE", ""))  # noqa: PTH111 (it raises no error)
+    sources = [str(raw), str(raw.parent.parent), *SOURCES]  # somebody may have put the files there, perhaps as .gz
+    if os.path.isdir(f"{named}/FashionMNIST/raw"):  # noqa: PTH112 (the folder is a data_dir itself)
+        named += "/FashionMNIST/raw"
     if named:
-        sources.insert(1, named)
+        sources.insert(2, named)
     for source in sources:
         wanted = list(missing)
         remote = source.startswith(("http", "apt:"))

@@ -7,6 +7,7 @@ from math import ceil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from lenet_pl.blocks import Block
 from lenet_pl.seeds import generator
@@ -65,12 +66,18 @@ class TrainLoader:
     batch_sampler = None  # Lightning asks for it where it finds a ``sampler``
 
     def __post_init__(self) -> None:
+        self.dataset = TensorDataset(self.images, self.labels)
+        self.yields_blocks = False
         if self.shuffle:
             self.sampler = self  # before each epoch Lightning calls ``loader.sampler.set_epoch``, which is ours
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, counted from 0, for the next iteration."""
+        """Chooses the epoch, counted from 0, for the next iteration, which alone yields blocks.
+
+        So a callback that goes through the loader of a training gets mini-batches, as from any other loader.
+        """
         self.epoch = epoch
+        self.yields_blocks = self.steps_per_block > 1
 
     @property
     def share(self) -> int:
@@ -89,7 +96,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch | Block]:
         # This is a generator function, because Lightning makes the iterator before it calls ``set_epoch``.
         order, flips, offsets = self.draw()
-        size = self.batch_size * self.steps_per_block
+        yields_blocks, self.yields_blocks = self.yields_blocks, False
+        size = self.batch_size * (self.steps_per_block if yields_blocks else 1)
         for start in range(0, len(order), size):
             part = slice(start, start + size)
             images, labels = self.images[order[part]], self.labels[order[part]]
@@ -98,10 +106,7 @@ class TrainLoader:
             if self.max_shift:
                 images = shift(images, offsets[part], self.max_shift)
             images = normalise(images, self.mean, self.std)
-            if self.steps_per_block == 1:
-                yield images, labels
-            else:
-                yield Block([images, labels], self.batch_size)
+            yield Block([images, labels], self.batch_size) if yields_blocks else (images, labels)
 
     def draw(self) -> tuple[Tensor, ...]:
         """Draws the epoch for all processes, and returns this one's indices, flips and offsets on the device."""
@@ -123,6 +128,7 @@ class EvalLoader:
     def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float, rank: int = 0, world: int = 1) -> None:
         self.images, self.labels = images[rank::world], labels[rank::world]
         self.mean, self.std = mean, std
+        self.dataset = TensorDataset(self.images, self.labels)
         # Every process takes equally many batches, because synchronised batch normalisation waits for all of them. A
         # share may be empty.
         self.batches = ceil(max(len(labels) // world, 1) / EVAL_BATCH_SIZE)

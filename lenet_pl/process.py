@@ -90,6 +90,7 @@ def quiet() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_asked_for)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # otherwise it tells of a cache that it cannot write
     for message in (
         ".*LeafSpec.* is deprecated",  # a matter of Lightning's own code
         "(?s)Checkpoint directory .* is not empty",  # a resumed run writes into its own folder

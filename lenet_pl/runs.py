@@ -8,11 +8,13 @@ import csv
 import difflib
 import glob
 import io
+import math
 import os
 import platform
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -69,16 +71,25 @@ def version(folder: Path) -> int:
 def all_runs(root: Path, name: str | None = None) -> list[Path]:
     """Returns the run folders below ``root``, the folder ``runs``, or only those called ``name``; the newest first.
 
-    A run is as new as the newest file among its settings and checkpoints.
+    The newest run is the one that was begun or resumed last.
     """
     found = []
     for folder in root.glob(f"{glob.escape(name) if name else '*'}/version_*"):
         # Path.is_file would raise an error in a folder without permission.
-        files = filter(os.path.isfile, (folder / CONFIG, folder / BEST, folder / LAST))
-        written = [path.stat().st_mtime_ns for path in files]
-        if written and version(folder) >= 0:
-            found.append((max(written), version(folder), folder))
+        files = list(filter(os.path.isfile, (folder / CONFIG, folder / BEST, folder / LAST)))
+        if files and version(folder) >= 0:
+            found.append((_begun(files), version(folder), folder))
     return [folder for *_, folder in sorted(found, reverse=True)]
+
+
+def _begun(files: list[Path]) -> float:
+    """Returns when a run was begun or resumed, in seconds since 1970: the time in its config.yaml.
+
+    If it has none there, that of its newest file counts, which does not survive each way to copy a folder.
+    """
+    with contextlib.suppress(OSError, ValueError), files[0].open(encoding="utf-8", errors="replace") as file:
+        return datetime.fromisoformat(file.readline(300).rstrip(".\n").rpartition(" at ")[2]).timestamp()
+    return max(path.stat().st_mtime for path in files)
 
 
 def folder_of(ckpt_path: Path) -> Path | None:
@@ -86,7 +97,7 @@ def folder_of(ckpt_path: Path) -> Path | None:
     # A relative path is shorter in messages, so it stays one, except inside the run folder.
     is_inside = not ckpt_path.parent.parent.name
     parent = ckpt_path.absolute().parent if is_inside else ckpt_path.parent
-    is_run = parent.name == CHECKPOINTS and (parent.parent / CONFIG).is_file()
+    is_run = parent.name == CHECKPOINTS and (version(parent.parent) >= 0 or (parent.parent / CONFIG).is_file())
     return parent.parent if is_run else None
 
 
@@ -145,7 +156,8 @@ def find(word: str | Path, root: Path = Path("runs"), name: str | None = None) -
 
 def refuse_url(path: str | Path) -> None:
     """Raises CheckpointError if ``path`` is a URL: nothing is downloaded, because anybody could have made the file."""
-    if re.match(r"[A-Za-z][\w+.:-]+:/|.*://", str(path)):  # Path("http://x") is "http:/x"
+    is_url = re.match(r"[A-Za-z][\w+.:-]+:/|.*://", str(path))  # Path("http://x") is "http:/x"
+    if is_url and not os.path.isdir(str(path).split("/")[0]):  # noqa: PTH112 (a folder's name may end in a colon)
         raise CheckpointError(
             f"Checkpoint {str(path)!r} is a URL: download it first, because only local files are read"
         )
@@ -161,7 +173,7 @@ def read_results(folder: Path) -> list[dict[str, str]]:
     """Returns the rows of results.csv, except for a last row that a crash cut short.
 
     Raises:
-        UsageError: If somebody has changed its columns.
+        UsageError: If somebody has changed its columns, or it holds something else than numbers.
     """
     path = folder / RESULTS
     if not path.exists():
@@ -172,9 +184,14 @@ def read_results(folder: Path) -> list[dict[str, str]]:
         found = ",".join(reader.fieldnames or COLUMNS)
         require(found == expected, f"the first line of {path} is {shorten(found, 80)!r}", f"{expected!r}")
         rows = [row for row in reader if row["seconds"]]
-    for row in rows:
-        row["epoch"] = str(int(float(row["epoch"])))  # a spreadsheet may have made 1.0 of 1
-    return rows
+    for number, row in enumerate(rows, 2):
+        try:
+            row["epoch"] = str(int(float(row["epoch"])))  # a spreadsheet may have made 1.0 of 1
+            are_numbers = all(value == "" or float(value) < math.inf for value in row.values())
+        except (TypeError, ValueError):
+            are_numbers = False
+        require(are_numbers, f"line {number} of {path} is {shorten(','.join(map(str, row.values())), 80)!r}", "numbers")
+    return sorted(rows, key=lambda row: int(row["epoch"]))
 
 
 def write_results(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.profilers import PassThroughProfiler
 
 # Hooks whose names begin like this see each batch or step, or can change what a step does.
 _STEP_HOOKS = (
@@ -46,6 +47,9 @@ def reason(trainer: Trainer) -> str | None:
     epoch: Any = trainer.fit_loop.epoch_progress.current
     if epoch.processed != epoch.started:
         return "the checkpoint was written within an epoch"
+    profiler = type(trainer.profiler)  # type: ignore[attr-defined]
+    if profiler is not PassThroughProfiler:
+        return f"{profiler.__name__} measures single steps"
     precision = type(trainer.precision_plugin)
     if not precision.__module__.startswith("lightning."):
         return f"{precision.__name__} may change a step"

@@ -71,8 +71,6 @@ def trainer_options(options: Namespace, run_writer: RunWriter | None, step: int)
             callbacks += [BestCheckpoint(), LastCheckpoint()]
         if options.enable_model_summary is not False and not has(ModelSummary):
             callbacks.append(Summary())
-        if options.log_every_n_steps is None:  # Lightning warns where an epoch has fewer batches: here they are blocks
-            changed["log_every_n_steps"] = 1
     if options.logger in (None, True):
         changed["logger"] = RunLogger(run_writer, step) if run_writer else False
     shows_bar = options.enable_progress_bar

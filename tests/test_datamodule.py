@@ -71,6 +71,7 @@ def test_blocks_hold_the_same_mini_batches(data):
     single = list(data.train_dataloader())
     loader = data.train_dataloader()
     loader.steps_per_block = 7
+    loader.set_epoch(0)
     blocks = list(loader)
     assert all(isinstance(block, Block) for block in blocks)
     assert [len(b) for b in blocks] == [7, 7, 7, 7, 6]

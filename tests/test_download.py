@@ -444,9 +444,10 @@ def test_message_lists_every_mirror(
     monkeypatch.setattr(download, "SOURCES", tuple(sources))
     with pytest.raises(DataError) as caught:
         ensure(tmp_path)
-    first, in_raw, *lines, last = str(caught.value).splitlines()
+    first, in_raw, in_data_dir, *lines, last = str(caught.value).splitlines()
     assert all(name in first for name in NAMES)
     assert "No such file" in in_raw
+    assert "No such file" in in_data_dir
     for line, (source, text) in zip(lines, sources.items(), strict=True):
         assert line.startswith(f"  {source}: ")
         assert text in line

@@ -43,6 +43,7 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     table, picture = folder / "predictions.csv", folder / "predictions.png"
     write_atomic(table, _csv(predictions).encode())
     written = [table]
+    picture.unlink(missing_ok=True)  # it may show others
     if classified:
         rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
         write_atomic(picture, plots.png(plots.predictions(rows)))

@@ -32,16 +32,18 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
         images: A file, a folder, or a pattern such as ``*.png`` where nothing has that name; or several of them.
 
     Raises:
-        ValueError: If a name does not exist, or if there is no picture at all.
+        ValueError: If a name is empty or does not exist, or if there is no picture at all.
     """
     names = [images] if isinstance(images, str | Path) else list(images)
+    if "" in names:  # such as an unset variable of a shell; Path("") would be the current folder
+        raise ValueError("the name of a picture is empty; give a picture or a folder")
     found: dict[Path, Path] = {}  # by absolute path
     reasons: Counter[str] = Counter()  # why files are not read
     for name in names:
         # Path.expanduser would raise an error for an unknown user.
         path = Path(name if os.path.lexists(name) else os.path.expanduser(name))  # noqa: PTH111
         for file in _files(path):
-            reason = "" if file == path else _why_not(file)
+            reason = _why_not(file, is_named=file == path)
             if reason:
                 reasons[reason] += 1
             else:
@@ -58,23 +60,32 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _files(path: Path) -> list[Path]:
     """Returns the files that a name stands for: itself, those below a folder (no hidden ones), or a pattern's."""
-    try:
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            return [file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
-        if path.is_file():  # no pipe, which would be read for ever
-            return [path]
-        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 (a pattern may be absolute)
-        files = [match for match in matches if match.is_file()]
-    except OSError as error:
-        raise ValueError(f"{one_line(path)}: {error.strerror}") from error
-    if not files:
-        raise ValueError(f"{one_line(path)}: no such file or folder; give a picture or a folder")
-    return files
+    if os.path.isfile(path):  # noqa: PTH113 (no error for any name); a pipe would be read for ever
+        return [path]
+    if not os.path.isdir(path):  # noqa: PTH112
+        matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+        if not matches or matches == [str(path)]:
+            raise ValueError(f"{one_line(path)}: no such file or folder; give a picture or a folder")
+        return [file for match in matches for file in _files(Path(match))]
+    found: list[Path] = []
+    errors: list[OSError] = []
+    seen: set[str] = set()  # folders, because links may lead round in a circle
+    for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        found += [Path(folder, name) for name in names if name[0] != "."]
+    return sorted(found + [Path(error.filename) for error in errors])
 
 
-def _why_not(file: Path) -> str:
-    """Returns why a file in a folder is not read, or nothing if it is a picture of the user's."""
+def _why_not(file: Path, is_named: bool) -> str:
+    """Returns why a file is not read, or nothing if it is a picture of the user's, or named by the user."""
+    if not os.path.isfile(file):  # noqa: PTH113 (no error for any name)
+        return "no readable file or folder"  # such as a link to a file that is gone
+    if is_named:
+        return ""
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         return one_line(suffix) or "no suffix"

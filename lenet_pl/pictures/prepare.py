@@ -40,7 +40,8 @@ def flatten(picture: Image.Image) -> Image.Image:
     if picture.mode[0] in "IF":  # the modes I, I;16, I;16B and F, whose largest value tells their scale
         values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0).clip(0)
         highest = float(values.max())
-        white = next((scale for scale in (1, 255, 65535) if highest <= scale), highest)
+        scales = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)))  # of cameras and microscopes
+        white = next((scale for scale in scales if highest <= scale), highest)
         return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
