@@ -21,9 +21,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         OSError: If the file cannot be written, for example without permission or space. ``filename`` of the error is
             ``path``, which is intact.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     real = Path(os.path.realpath(path))  # a link stays a link
-    real.parent.mkdir(parents=True, exist_ok=True)
-    temporary = real.with_name(f".{secrets.token_hex(8)}.tmp")  # two processes may write the same file
+    temporary = real.with_name(f".{real.name[:50]}.{secrets.token_hex(8)}.tmp")  # two processes may write the same file
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -140,7 +140,7 @@ class CLI(LightningCLI):
         if is_fit and word is None:
             return {}
         if word is None:
-            word = "best" if name or runs.all_runs(self.root) else "pretrained"
+            word = "best" if self.name or runs.all_runs(self.root) else "pretrained"
         self.path = runs.find(word, self.root, self.name)
         self.checkpoint = load_ours(self.path, resume=is_fit)
         folder = runs.folder_of(self.path) if is_fit else None

@@ -263,11 +263,3 @@ def test_the_data_may_lie_one_level_higher_or_lower(tiny, workdir, monkeypatch):
     monkeypatch.delenv("LENET_PL_DATA_SOURCE")
     shutil.copytree(root / "FashionMNIST/raw", "flat")
     assert len(list(download.ensure("flat").iterdir())) == 4
-
-
-def test_settings_for_pictures_alone_need_no_run(cli):
-    picture(Path("pics/a.png"))
-    Path("shop.yaml").write_text("data: {images: pics}")
-    code, out, err = cli("predict", "--config", "shop.yaml")
-    assert (code, err) == (0, "")
-    assert "pretrained.ckpt" in out
