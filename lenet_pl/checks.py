@@ -3,13 +3,13 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 
 from lenet_pl import runs
 from lenet_pl.errors import UsageError, require, shorten
 from lenet_pl.names import decoded, one_line
+from lenet_pl.start import Start
 
 # Options of the Trainer that must be above 0.
 ABOVE_0 = (
@@ -43,7 +43,7 @@ FIXED = {
 }
 
 
-def take_name(given: Namespace) -> str | None:
+def take_recipe(given: Namespace) -> str | None:
     """Takes the config files out of ``given``; returns the run's name: ``--name``, or the last file's, or None."""
     files = given.pop("config", None)
     name: str | None = given.get("name")
@@ -112,18 +112,20 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
     return True
 
 
-def check_fits(config: Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
+def check_fits(config: Namespace, start: Start) -> None:
     """Refuses settings with which the numbers of a checkpoint would mean something else."""
+    assert start.path
     for group, settings in FIXED.items():
         for setting in settings:
             new = config[setting]
-            old = checkpoint[group].get(setting.split(".")[1], new)  # an older checkpoint lacks newer settings
+            old = start.checkpoint[group].get(setting.split(".")[1], new)  # an older checkpoint lacks newer settings
             remedy = "Leave that option or config file out; a new run begins without --ckpt_path"
-            require(old == new, f"{setting}={new}", f"{old}, with which {one_line(path)} was trained\n{remedy}")
+            require(old == new, f"{setting}={new}", f"{old}, with which {one_line(start.path)} was trained\n{remedy}")
 
 
-def check_resume(config: Namespace, path: Path, checkpoint: dict[str, Any], resumed: Path | None) -> None:
-    """Refuses to resume from a checkpoint with settings that do not fit it. ``resumed`` is its run, or None."""
+def check_resume(config: Namespace, start: Start) -> None:
+    """Refuses to resume from a checkpoint with settings that do not fit it."""
+    path, checkpoint, resumed = start.path, start.checkpoint, start.resumed
     for callback in config.trainer.callbacks or []:
         if callback.class_path.endswith(("LearningRateFinder", "BatchSizeFinder")):
             lr, size = checkpoint["hyper_parameters"]["lr"], checkpoint["datamodule_hyper_parameters"]["batch_size"]

@@ -9,7 +9,7 @@ import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's code, not the user's
 
@@ -20,9 +20,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lenet_pl import checks, configs, runs
+from lenet_pl import checks, configs, runs, start
 from lenet_pl.callbacks import RunWriter
-from lenet_pl.checkpoint import fill, load_ours
+from lenet_pl.checkpoint import fill
 from lenet_pl.console import help_text, say
 from lenet_pl.datamodule import FashionMNISTDataModule
 from lenet_pl.errors import UsageError, explain, require
@@ -30,7 +30,6 @@ from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 from lenet_pl.trainer import TRAINER_DEFAULTS, set_threads, trainer_options
 
-DEFAULT_NAME = "lenet"  # of a run whose command names neither a config file nor --name
 # Options of the Trainer that take objects with options of their own, in the first three cases several of them.
 LISTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins")
 OBJECTS = (*LISTS, "trainer.profiler", "trainer.strategy")
@@ -45,10 +44,8 @@ class CLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
-        self.path: Path | None = None  # the checkpoint's file, if the command starts from one
-        self.checkpoint: dict[str, Any] = {}  # its content
-        self.resumed: Path | None = None  # the folder of the run that a training resumes
-        self.is_finished = False  # whether ``auto`` has found that run finished
+        self.start = start.Start()  # from what the command starts
+        self.is_finished = False  # whether ``auto`` has found its run finished
         self.run_writer: RunWriter | None = None  # the callback that writes the run folder of a training
         super().__init__(
             LitLeNet,
@@ -102,65 +99,54 @@ class CLI(LightningCLI):
                 given["data.images"] = taken.names
             given = configs.with_home_folders(given)
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
-            self.name = checks.take_name(given)
-            stored = self._parse_stored(parser, self._find_stored(given.get("ckpt_path"), given.get("name")))
-            for key in LISTS:
-                for settings in (stored, given):
-                    if isinstance(settings.get(key), Namespace):
-                        settings[key] = [settings[key]]
-                if any(arg.startswith(f"--{key}+") for arg in args) and isinstance(stored.get(key), list):
-                    given[key] = configs.joined(stored[key], given[key])
-            self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
+            self.recipe = checks.take_recipe(given)
+            word, name = given.get("ckpt_path"), given.get("name")
+            if self.command == "fit":
+                self.start = start.of_training(word, self.root, name, self.recipe)
+            else:
+                self.start = start.of_evaluation(word, self.root, self.recipe)
+            stored = self._parse_stored(parser)
+            self._join_objects(args, given, stored)
             self.config = parser.parse_object(given, stored)
-            for arg in prints:
-                skipped = set(filter(None, arg.partition("=")[2].split(",")))
-                fits = skipped <= {"skip_null", "skip_default"}
-                require(fits, arg, "skip_null or skip_default after the equals sign, or nothing")
-                text = self._dump(skip_none="skip_null" in skipped, skip_default="skip_default" in skipped)
-                print(text, end="")
-                sys.exit(0)
         except (ArgumentError, TypeError, KeyError) as error:
             raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
+        for arg in prints:
+            self._print_config(arg)
         checks.check(self.command, self.config)
-        if self.resumed and self.config.ckpt_path == "auto":
-            self.is_finished = checks.is_finished(self.resumed, parser.parse_object(stored), self.config)
-        if self.path and not self.is_finished:
-            checks.check_fits(self.config, self.path, self.checkpoint)
+        if self.start.resumed and self.config.ckpt_path == "auto":
+            self.is_finished = checks.is_finished(self.start.resumed, parser.parse_object(stored), self.config)
+        if self.start.path and not self.is_finished:
+            checks.check_fits(self.config, self.start)
             if self.command == "fit":
-                checks.check_resume(self.config, self.path, self.checkpoint, self.resumed)
+                checks.check_resume(self.config, self.start)
 
-    def _find_stored(self, word: str | None, name: str | None) -> dict[str, Any]:
-        """Finds and loads the checkpoint that the command starts from; returns its settings, or those of its run."""
-        is_fit = self.command == "fit"
-        if is_fit and word == "auto":
-            self.resumed = next(iter(runs.all_runs(self.root, self.name or DEFAULT_NAME)), None)
-            if self.resumed and not (self.resumed / runs.LAST).is_file():  # it was stopped in its first epoch
-                return configs.of_run(self.resumed)
-            word = str(self.resumed / runs.LAST) if self.resumed else None
-        if is_fit and word is None:
-            return {}
-        if word is None:
-            word = "best" if self.name or runs.all_runs(self.root) else "pretrained"
-        self.path = runs.find(word, self.root, self.name)
-        self.checkpoint = load_ours(self.path, resume=is_fit)
-        folder = runs.folder_of(self.path) if is_fit else None
-        if folder is None:
-            return configs.of_checkpoint(self.checkpoint)
-        settings = configs.of_run(folder)
-        is_last = self.path.name == Path(runs.LAST).name
-        if is_last and name in (None, settings.get("name"), folder.absolute().parent.name):
-            self.resumed = folder  # otherwise a new run begins from this checkpoint
-        return settings
-
-    def _parse_stored(self, parser: LightningArgumentParser, settings: dict[str, Any]) -> Namespace:
-        """Parses the settings of a checkpoint, without adding defaults."""
+    def _parse_stored(self, parser: LightningArgumentParser) -> Namespace:
+        """Parses the settings of the checkpoint, without adding defaults."""
         try:
-            stored: Namespace = parser.parse_object(settings, defaults=False)
+            stored: Namespace = parser.parse_object(self.start.settings, defaults=False)
         except (ArgumentError, TypeError, KeyError) as error:
             why = explain(str(error), self.command, ()).splitlines()[0]
-            source = self.path or self.resumed
+            source = self.start.path or self.start.resumed
             raise UsageError(f"{str(source)!r} has settings of another version or class: {why}") from error
         return stored
+
+    def _join_objects(self, args: list[str], given: Namespace, stored: Namespace) -> None:
+        """Joins callbacks and the like that ``+=`` adds with those of the run. Given by ``=`` they replace them."""
+        for key in LISTS:
+            for settings in (stored, given):
+                if isinstance(settings.get(key), Namespace):
+                    settings[key] = [settings[key]]
+            if any(arg.startswith(f"--{key}+") for arg in args) and isinstance(stored.get(key), list):
+                given[key] = configs.joined(stored[key], given[key])
+        self.given_objects = {key: given.get(key, stored.get(key)) for key in OBJECTS}
+
+    def _print_config(self, option: str) -> NoReturn:
+        """Prints the configuration and ends the process. ``option`` may say what to leave out."""
+        skipped = set(filter(None, option.partition("=")[2].split(",")))
+        fits = skipped <= {"skip_null", "skip_default"}
+        require(fits, option, "skip_null or skip_default after the equals sign, or nothing")
+        print(self._as_yaml(skip_none="skip_null" in skipped, skip_default="skip_default" in skipped), end="")
+        sys.exit(0)
 
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer, and says which checkpoint is used. A value that they refuse is wrong use."""
@@ -175,10 +161,11 @@ class CLI(LightningCLI):
             if accelerator not in ("auto", "cpu") and not torch.accelerator.is_available():
                 text += f"\nTo run on the CPU instead of {accelerator}: --trainer.accelerator cpu"
             raise UsageError(text) from error
-        if self.path is None:
+        path = self.start.path
+        if path is None:
             return
-        say(f"checkpoint: {one_line(self.path)}")
-        fill(self.model, self.checkpoint, self.path)
+        say(f"checkpoint: {one_line(path)}")
+        fill(self.model, self.start.checkpoint, path)
         if self.command not in ("fit", "validate"):  # both validate the net as it trains
             self.model.simplify()
 
@@ -186,14 +173,15 @@ class CLI(LightningCLI):
         """Builds the Trainer. A training gets a run folder."""
         options = self.config_init.trainer
         if self.command == "fit" and not options.fast_dev_run and not options.barebones:
-            if self.resumed:
-                parent = self.resumed.absolute().parent
-                name = self.config.name or parent.name
+            resumed = self.start.resumed
+            if resumed:
+                parent = resumed.absolute().parent
+                name = self.config.name or parent.name  # the folder may have been moved
             else:
-                name = self.name or self.config.name or DEFAULT_NAME
+                name = self.recipe or self.config.name or runs.DEFAULT_NAME
                 parent = self.root / name
-            self.run_writer = RunWriter(parent, self._saved_config(name), self.resumed)
-        kwargs |= trainer_options(options, self.run_writer, self.checkpoint.get("global_step", 0))
+            self.run_writer = RunWriter(parent, self._saved_config(name), resumed)
+        kwargs |= trainer_options(options, self.run_writer, self.start.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}
         trainer: Trainer = super().instantiate_trainer(**kwargs)
@@ -207,9 +195,9 @@ class CLI(LightningCLI):
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run, with these versions."""
         self.config.name, self.config.ckpt_path = name, None
         now = datetime.now().astimezone().isoformat()
-        return f"# Written by {runs.versions()}, at {now}.\n{self._dump(skip_none=False)}"
+        return f"# Written by {runs.versions()}, at {now}.\n{self._as_yaml(skip_none=False)}"
 
-    def _dump(self, **options: Any) -> str:
+    def _as_yaml(self, **options: Any) -> str:
         """Returns the configuration as YAML, with callbacks and the like as they were given.
 
         The defaults of their classes are left out, because such a default may be an object that YAML cannot hold.

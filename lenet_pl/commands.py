@@ -16,13 +16,14 @@ from lenet_pl.console import format_metric, say
 from lenet_pl.errors import Failure, UsageError, tell
 from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line, quoted
+from lenet_pl.start import Start
 
 
 def fit(cli: CLI) -> None:
     """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
     writer = cli.run_writer
     if writer is None:  # fast_dev_run and barebones leave nothing
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.start.path)
         return
     if cli.is_finished:
         folder = writer.create()
@@ -31,10 +32,10 @@ def fit(cli: CLI) -> None:
             return
     else:
         try:
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.path)
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.start.path)
             folder = writer.finish(cli.trainer)
         finally:
-            if cli.trainer.global_step <= cli.checkpoint.get("global_step", 0):  # no step was taken
+            if cli.trainer.global_step <= cli.start.checkpoint.get("global_step", 0):  # no step was taken
                 writer.discard()
     if not cli.trainer.checkpoint_callbacks:  # without checkpoints there is nothing to score
         say(f"run folder: {one_line(folder)}")
@@ -43,7 +44,7 @@ def fit(cli: CLI) -> None:
     if path is None:
         raise Failure("the training ended before its first epoch was finished, so there is nothing to score")
     if cli.config.test:
-        cli.path = path
+        cli.start = Start(path)
         cli.model = LitLeNet.load(path)
         report(cli)
         test(cli)  # last: once a finished run has a score, ``auto`` does nothing more
@@ -60,15 +61,15 @@ def validate(cli: CLI) -> None:
 
 def test(cli: CLI) -> None:
     """Scores a checkpoint on the test images, prints the accuracy, and writes test.json."""
-    assert cli.path is not None
+    assert cli.start.path is not None
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = rounded_metrics(cli.trainer)
     result: dict[str, Any] = {name: metrics[name] for name in ("test_acc", "test_loss")}
-    result |= {"n": int(metrics["n"]), "ckpt_path": str(cli.path), "seed": cli.config.seed_everything}
+    result |= {"n": int(metrics["n"]), "ckpt_path": str(cli.start.path), "seed": cli.config.seed_everything}
     if cli.trainer.is_global_zero:
         try:
             if result["n"] == len(cli.datamodule.test_set[1]):  # not with trainer.limit_test_batches
-                folder = runs.folder_of(cli.path) or runs.beside(cli.path)
+                folder = runs.folder_of(cli.start.path) or runs.beside(cli.start.path)
                 write_atomic(folder / runs.SCORE, (json.dumps(result, indent=2) + "\n").encode())
         finally:
             print(f"Test accuracy: {result['test_acc']:.2%}  (loss {result['test_loss']:.4f}, {result['n']} images)")
@@ -86,18 +87,18 @@ def report(cli: CLI) -> None:
     """Writes report.html and its pictures, for which a checkpoint is enough."""
     from lenet_pl.apps import report as app
 
-    assert cli.path is not None
+    assert cli.start.path is not None
     if cli.trainer.is_global_zero:
         cli.model.to(cli.trainer.strategy.root_device)
-        print(f"report: {one_line(app.write(cli.path, cli.model, cli.datamodule))}")
+        print(f"report: {one_line(app.write(cli.start.path, cli.model, cli.datamodule))}")
 
 
 def export(cli: CLI) -> None:
     """Writes the net as an ONNX file, which other programs can run."""
     from lenet_pl.apps import export as app
 
-    assert cli.path is not None
-    app.write(cli.path, cli.model, cli.datamodule, cli.config.output)
+    assert cli.start.path is not None
+    app.write(cli.start.path, cli.model, cli.datamodule, cli.config.output)
 
 
 def demo(cli: CLI) -> None:

@@ -31,6 +31,7 @@ FINISHED = "finished.txt"  # why the training ended; absent until then
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"  # of the epoch with the highest validation accuracy
 LAST = f"{CHECKPOINTS}/last.ckpt"  # of the newest finished epoch
+DEFAULT_NAME = "lenet"  # of a run whose command names neither a config file nor --name
 TRAIN = "python -m lenet_pl fit --config lenet"  # the command that makes the first checkpoint
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc")
 COLUMNS = ("epoch", "step", "lr", *METRICS, "seconds")
