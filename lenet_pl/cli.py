@@ -71,7 +71,9 @@ class CLI(LightningCLI):
         """Adds the options of this command that are not about trainer, model or data."""
         words = "A file, or best, last or pretrained."
         if self.command == "fit":
-            words = "last: resume the newest run; auto: begin this run, or resume it; or the file to resume from."
+            words = (
+                "last: resume the newest run; auto: begin this run, or resume it; or a file from which to begin a run."
+            )
         # The type is str, although None is the default: otherwise a value such as #1 would be read as YAML.
         parser.add_argument("--ckpt_path", type=str, default=None, help=words)
         parser.add_argument("--name", type=str, default=None, help="Folder in runs/ (default: the config's).")

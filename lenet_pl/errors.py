@@ -44,16 +44,17 @@ def explain(message: str, command: str, options: Iterable[str]) -> str:
     """Shortens a message of jsonargparse, and adds a remedy and the nearest option, such as ``model.lr``."""
     flat = " ".join(message.split())
     remedy = f"\nAll options: python -m lenet_pl {command} --help"
-    inside = re.match(r"Problem with given class_path '(\S+)': (.+)", flat)
+    inside = re.match(r"Problem with given class_path '(\S+)':\s+(.+)", message, re.DOTALL)
     if inside:  # such as a callback with a wrong argument
         return f"{inside[1]}: {explain(inside[2], command, ())}"
     key = re.search(r'Parser key "([\w.]+)"', flat)
     values = re.findall(r"(?:Given value:|Got value:|Unable to load config) ?(.*?)(?= Given value|\.? - |$)", flat)
     given = f"={shorten(values[-1], 80)}" if values else ""
     option = f"{key[1]}{given}: " if key else ""
-    # An option may have several types, and each of them says why the value does not fit.
-    reasons = re.search(r" Errors: - (.+?)(?= Given value type:|$)", flat)
-    for reason in reasons[1].split(" - ") if reasons else ():
+    # An option may have several types, and each of them says why the value does not fit. They are told apart by how
+    # far their lines are indented, because one of them may have several types itself.
+    reasons = re.search(r"^( *)Errors:\n(.+?)(?=\n\1Given value type:|\Z)", message, re.DOTALL | re.MULTILINE)
+    for reason in re.split(rf"^{reasons[1]}  - ", reasons[2], flags=re.MULTILINE)[1:] if reasons else ():
         if not reason.startswith(_GENERAL):
             names_class = reason.startswith("Problem with given class_path")
             return (f"{key[1]}=" if key and names_class else option) + explain(reason, command, ())

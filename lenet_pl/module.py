@@ -113,7 +113,7 @@ class LitLeNet(LightningModule):
         self.eval()
         if type(self) is LitLeNet:
             self.net = fold(self.net)
-            self.hparams.update(batch_norm=False, composed_kernels=False)  # if it trains on, its checkpoints say so
+            self.hparams.update(batch_norm=False, composed_kernels=False)  # for checkpoints, if it trains on
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits ``[B, 10]`` of normalised images ``[B, 1, 28, 28]``."""

@@ -195,6 +195,7 @@ WRONG_USE = [
     ),
     ("fit --trainer.logger WandbLogger", "WandbLogger", "wandb"),
     ("fit --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val_acc --trainer.callbacks.mode up", "got up"),
+    ("fit --trainer.callbacks ModelCheckpoint --trainer.callbacks.train_time_interval soon", "soon", "h:m:s"),
     ("fit --trainer.callbacks broken.X", "broken.X", "No module named"),
     ("predict --data.images", "--data.images", "at least one"),
     ("predict --trainer.limit_predict_batches 0", "trainer.limit_predict_batches=0", "above 0"),
