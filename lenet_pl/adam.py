@@ -51,7 +51,7 @@ def step(optimizer: Adam, loss: Tensor) -> None:
         gradients,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
-        [],
+        [],  # only amsgrad has a third one
         [state["step"] for state in states],
         beta1=beta1,
         beta2=beta2,

@@ -19,7 +19,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises:
         OSError: If the file cannot be written, for example without permission or space. ``filename`` of the error is
-            ``path``, which is intact.
+            ``path``, whose old content is intact, or a folder above it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     real = Path(os.path.realpath(path))  # a link stays a link

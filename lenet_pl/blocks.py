@@ -166,7 +166,7 @@ def run(
     optimizer: Any = module.optimizers(use_pl_optimizer=False)
     trainer.fit_loop.epoch_loop._batches_that_stepped += len(block) - 1  # Lightning adds 1 for the block
     is_alone = trainer.world_size == 1  # otherwise Lightning sums the gradients of all processes
-    # Anomaly detection cannot be recorded in a graph.
+    # Anomaly detection watches ``loss.backward``, and cannot be recorded in a graph.
     direct = is_alone and adam.is_ready(optimizer) and not torch.is_anomaly_enabled()
     if direct and module.device.type == "cuda" and optimizer.param_groups[0]["fused"]:
         return _run_as_graph(module, optimizer, block, forward, compiled)
@@ -192,7 +192,7 @@ def _run_as_graph(
 ) -> tuple[Tensor, Tensor]:
     """Takes the steps of a block as one CUDA graph, to which the learning rates are an input."""
     rates = []
-    for _ in block:
+    for _ in range(len(block)):
         module.on_before_optimizer_step(optimizer)
         rates.append(optimizer.param_groups[0]["lr"])
         _count_step(module.trainer)

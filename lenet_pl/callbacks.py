@@ -107,8 +107,8 @@ class RunWriter(Callback):
         write_atomic(folder / runs.CONFIG, self.config.encode())
         for outdated in (runs.FINISHED, runs.SCORE, runs.REPORT):
             (folder / outdated).unlink(missing_ok=True)
-        for half in folder.rglob(".*.tmp"):  # the stopped process was writing it
-            half.unlink(missing_ok=True)
+        for unfinished in folder.rglob(".*.tmp"):  # the stopped process was writing it
+            unfinished.unlink(missing_ok=True)
         runs.write_results(folder, self.rows)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -167,17 +167,19 @@ class RunWriter(Callback):
                 # No epoch has saved the settings.
                 write_atomic(folder / runs.CONFIG, self.config.encode())
             if self.epochs:  # otherwise ``auto`` begins it again
-                write_atomic(folder / runs.FINISHED, f"{reason or f'all {self.epochs} epochs are trained'}\n".encode())
+                end = reason or f"trained to epoch {self.epochs}"
+                write_atomic(folder / runs.FINISHED, f"{end}\n".encode())
             if reason:
                 print(f"The training ended after epoch {self.epochs}: {reason}")
         return folder
 
 
 def _reason(trainer: Trainer, done: int) -> str | None:
-    """Returns why a training ended before ``max_epochs``, or None if so many epochs are ``done``."""
+    """Returns why a training ended before ``max_epochs``, or None if all its epochs are ``done``."""
     if 0 < trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps={trainer.max_steps} is reached"
-    if done >= (trainer.max_epochs or 0) > 0:
+    max_epochs = trainer.max_epochs or -1  # -1: without a limit
+    if 0 < max_epochs <= done:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:

@@ -24,10 +24,11 @@ ABOVE_0 = (
     "limit_test_batches",
     "limit_predict_batches",
 )
-# Settings that leave the result of a training as it is: folders, what is shown, and what ``fit`` does afterwards.
+# Settings, or how their names begin, in which ``auto`` may differ from a finished run.
 WITHOUT_EFFECT = (
     "ckpt_path",
     "data.data_dir",
+    "data.steps_per_execution",
     "name",
     "test",
     "threads",
@@ -43,7 +44,7 @@ FIXED = {
 }
 
 
-def take_recipe(given: Namespace) -> str | None:
+def take_run_name(given: Namespace) -> str | None:
     """Takes the config files out of ``given``; returns the run's name: ``--name``, or the last file's, or None."""
     files = given.pop("config", None)
     name: str | None = given.get("name")
@@ -79,8 +80,8 @@ def check(command: str, config: Namespace) -> None:
         "the command predict, which alone reads it",
     )
     if command == "validate":
-        remedy = "images that were held out from the training; this net has none, so use test"
-        require(config.data.val_size != 0, "data.val_size=0", remedy)
+        expected = "images that were held out from the training; this net has none, so use test"
+        require(config.data.val_size != 0, "data.val_size=0", expected)
     most = 4 * (os.cpu_count() or 1)  # more would only use memory
     threads = config.threads
     require(threads is None or 1 <= threads <= most, f"threads={threads}", f"an integer from 1 to {most}")
@@ -135,16 +136,12 @@ def check_resume(config: Namespace, start: Start) -> None:
             )
     loop = checkpoint["loops"]["fit_loop"]
     epoch, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
-    was_cut_short = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # by max_steps
-    if was_cut_short or epoch["processed"] < epoch["started"]:
+    is_within_epoch = batches["current"]["ready"] > 0 and not batches["is_last_batch"]  # max_steps ended it there
+    if is_within_epoch or epoch["processed"] < epoch["started"]:
         raise UsageError(f"Checkpoint {str(path)!r} was written within an epoch: give one of a finished epoch")
-    done, max_epochs = epoch["processed"], config.trainer.max_epochs
-    least = done if resumed else done + 1  # a finished run may be scored again
-    if max_epochs and max_epochs < least:
-        raise UsageError(
-            f"trainer.max_epochs={max_epochs}: {path} has finished epoch {done}; expected at least {least}"
-        )
-    steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
-    least = steps if resumed else steps + 1
-    if 0 < max_steps < least:
-        raise UsageError(f"trainer.max_steps={max_steps}: {path} has finished step {steps}; expected at least {least}")
+    limits = {"max_epochs": ("epoch", epoch["processed"]), "max_steps": ("step", checkpoint["global_step"])}
+    for option, (unit, done) in limits.items():
+        limit = config.trainer[option]
+        least = done if resumed else done + 1  # a finished run may be scored again
+        fits = limit in (None, -1) or limit >= least
+        require(fits, f"trainer.{option}={limit}", f"at least {least}, because {path} has finished {unit} {done}")

@@ -1,7 +1,7 @@
 """LightningCLI: from the options of a command to its data, model and trainer.
 
-Settings come from four places, of which a later one wins over an earlier one: the defaults in the signatures, the
-checkpoint or its run folder, config files, flags.
+Settings come from three places, of which a later one wins over an earlier one: the defaults in the signatures, the
+checkpoint or its run folder, and the command line with its config files and flags, of which the one further right wins.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from lenet_pl.module import LitLeNet
 from lenet_pl.names import one_line
 from lenet_pl.trainer import TRAINER_DEFAULTS, set_threads, trainer_options
 
-# Options of the Trainer that take objects with options of their own, in the first three cases several of them.
+# Options of the Trainer whose values are classes with options of their own. LISTS take several of them.
 LISTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins")
 OBJECTS = (*LISTS, "trainer.profiler", "trainer.strategy")
 
@@ -44,7 +44,10 @@ class CLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
-        self.start = start.Start()  # from what the command starts
+        self.start = start.Start()
+        self.root = Path("runs")  # the folder of all runs
+        self.run_name: str | None = None  # which the command names, by --name or a config file
+        self.given_objects: dict[str, Any] = {}  # the values of OBJECTS as they were given
         self.is_finished = False  # whether ``auto`` has found its run finished
         self.run_writer: RunWriter | None = None  # the callback that writes the run folder of a training
         super().__init__(
@@ -71,9 +74,7 @@ class CLI(LightningCLI):
         """Adds the options of this command that are not about trainer, model or data."""
         words = "A file, or best, last or pretrained."
         if self.command == "fit":
-            words = (
-                "last: resume the newest run; auto: begin this run, or resume it; or a file from which to begin a run."
-            )
+            words = "last: resume the newest run; auto: begin this run, or resume it; or a file to begin a run from."
         # The type is str, although None is the default: otherwise a value such as #1 would be read as YAML.
         parser.add_argument("--ckpt_path", type=str, default=None, help=words)
         parser.add_argument("--name", type=str, default=None, help="Folder in runs/ (default: the config's).")
@@ -101,19 +102,19 @@ class CLI(LightningCLI):
                 given["data.images"] = taken.names
             given = configs.with_home_folders(given)
             self.root = Path(given.get("trainer.default_root_dir") or ".") / "runs"
-            self.recipe = checks.take_recipe(given)
+            self.run_name = checks.take_run_name(given)
             word, name = given.get("ckpt_path"), given.get("name")
             if self.command == "fit":
-                self.start = start.of_training(word, self.root, name, self.recipe)
+                self.start = start.of_training(word, self.root, name, self.run_name)
             else:
-                self.start = start.of_evaluation(word, self.root, self.recipe)
+                self.start = start.of_evaluation(word, self.root, self.run_name)
             stored = self._parse_stored(parser)
             self._join_objects(args, given, stored)
             self.config = parser.parse_object(given, stored)
         except (ArgumentError, TypeError, KeyError) as error:
             raise UsageError(explain(str(error), self.command, parser.get_defaults().keys())) from error
-        for arg in prints:
-            self._print_config(arg)
+        if prints:
+            self._print_config(prints[0])
         checks.check(self.command, self.config)
         if self.start.resumed and self.config.ckpt_path == "auto":
             self.is_finished = checks.is_finished(self.start.resumed, parser.parse_object(stored), self.config)
@@ -180,7 +181,7 @@ class CLI(LightningCLI):
                 parent = resumed.absolute().parent
                 name = self.config.name or parent.name  # the folder may have been moved
             else:
-                name = self.recipe or self.config.name or runs.DEFAULT_NAME
+                name = self.run_name or self.config.name or runs.DEFAULT_NAME
                 parent = self.root / name
             self.run_writer = RunWriter(parent, self._saved_config(name), resumed)
         kwargs |= trainer_options(options, self.run_writer, self.start.checkpoint.get("global_step", 0))

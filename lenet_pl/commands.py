@@ -20,7 +20,7 @@ from lenet_pl.start import Start
 
 
 def fit(cli: CLI) -> None:
-    """Trains, scores the chosen checkpoint once on the test images, and writes the report."""
+    """Trains, scores the chosen checkpoint on the test images, and writes the report."""
     writer = cli.run_writer
     if writer is None:  # fast_dev_run and barebones leave nothing
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.start.path)

@@ -1,4 +1,4 @@
-"""Settings as text: what jsonargparse does not read from config files and flags as people expect it."""
+"""Reads config files and stored settings, and corrects what jsonargparse would read in an unexpected way."""
 
 import difflib
 import os
@@ -52,7 +52,7 @@ def read(name: str) -> str:
     try:
         text = path.read_text("utf-8")
         tree = yaml.compose(text, _Loader)
-        yaml.safe_load(text)
+        yaml.safe_load(text)  # finds bad values, such as 30 February
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -117,7 +117,7 @@ def of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": dict(checkpoint["hyper_parameters"]),
         "data": _with_data_here(checkpoint["datamodule_hyper_parameters"]),
-        "seed_everything": checkpoint["seed"] % 2**32,
+        "seed_everything": checkpoint["seed"] % 2**32,  # torch takes larger seeds than Lightning
         "trainer": {"precision": checkpoint.get("precision")},
     }
 

@@ -15,7 +15,7 @@ from lenet_pl import runs
 from lenet_pl.lenet import layers
 
 say = rank_zero_only(print)  # of several processes the first one speaks
-# The help of every command opens with those of these that it has.
+# The help shows these first, if the command has them.
 COMMON = (
     "config ckpt_path name threads seed_everything trainer.max_epochs trainer.accelerator trainer.precision model.lr "
     "model.schedule model.dropout model.weight_decay data.batch_size data.val_size data.flip data.shift "
@@ -26,10 +26,10 @@ COMMON = (
 def help_text(parser: LightningArgumentParser, command: str) -> str:
     """Returns jsonargparse's help, preceded by the options that people change most."""
     text = parser.format_help()
-    blocks = re.split(r"\n(?=  -)", text)[1:]  # one for each option, without the usage
+    entries = re.split(r"\n(?=  -)", text)[1:]  # one for each option, without the usage
     first = []
     for name in COMMON.split():
-        first += [block.split("\n\n")[0] for block in blocks if f"--{name} " in block[:80]]
+        first += [entry.split("\n\n")[0] for entry in entries if f"--{name} " in entry[:80]]
     title = f"lenet-pl {command}: the options that people change most"
     return "\n".join([title, "", *first, "", "All options", "", text])
 

@@ -13,6 +13,9 @@ class Conv2d(nn.Conv2d):
     The weights themselves keep the usual order, so that other tools can use them.
     """
 
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding)
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[N, out_channels, H, W]`` for ``[N, in_channels, H, W]``."""
         padding, bias, weight = int(self.padding[0]), self.bias, self.weight

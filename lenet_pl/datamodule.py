@@ -78,6 +78,7 @@ class FashionMNISTDataModule(LightningDataModule):
             ("shift", 0 <= shift <= 27, "an integer from 0 to 27"),
         ):
             require(is_fine, f"data.{name}={self.hparams[name]}", expected)
+        # Attributes, because callbacks such as BatchSizeFinder set them.
         self.data_dir = data_dir
         self.batch_size, self.steps_per_execution = batch_size, steps_per_execution
         self.val_size, self.split_seed = val_size, split_seed

@@ -26,6 +26,7 @@ class ComposedKernel(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Returns the kernel ``[O, I, 5, 5]`` of ``[M, I, 3, 3]`` followed by ``[O, M, 3, 3]``."""
+        # torch's convolution does not flip its kernel, so that a composition has to.
         return convolve(first.transpose(0, 1), second.flip(2, 3), padding=2).transpose(0, 1)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,15 +161,16 @@ def fold(net: LeNet5) -> LeNet5:
     """
     with torch.device("meta"):  # makes the layers without memory, and draws no random numbers
         plain = LeNet5(net.variant, net.dropout).eval()
-    weights: list[Any] = []  # the weight and the bias of each layer
+    pairs: list[Any] = []  # the weight and the bias of each layer
     for layer in (*net.features, *net.classifier):
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            weights += [layer.weight, layer.bias]
+            pairs.append((layer.weight, layer.bias))
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
-            fuse: Any = fuse_linear_bn_weights if weights[-2].ndim == 2 else fuse_conv_bn_weights
+            weight, bias = pairs.pop()
+            fuse: Any = fuse_linear_bn_weights if weight.ndim == 2 else fuse_conv_bn_weights
             statistics = (layer.running_mean, layer.running_var, layer.eps)
-            weights[-2:] = fuse(*weights[-2:], *statistics, layer.weight, layer.bias)
-    tensors = [weight.detach() for weight in weights]
+            pairs.append(fuse(weight, bias, *statistics, layer.weight, layer.bias))
+    tensors = [tensor.detach() for pair in pairs for tensor in pair]
     plain.load_state_dict(dict(zip(plain.state_dict(), tensors, strict=True)), assign=True)
     return plain
 

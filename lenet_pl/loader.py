@@ -14,7 +14,7 @@ from lenet_pl.seeds import generator
 
 Batch = tuple[Tensor, Tensor]  # images [B, 1, 28, 28] float32, labels [B] int64
 
-# Scoring needs no small batches. With one fixed size the sums of a score are the same to the last digit.
+# Scoring needs no small batches. The size is fixed, so that the sums of a score are the same to the last digit.
 EVAL_BATCH_SIZE = 1000
 
 
@@ -66,7 +66,7 @@ class TrainLoader:
     batch_sampler = None  # Lightning asks for it where it finds a ``sampler``
 
     def __post_init__(self) -> None:
-        self.dataset = TensorDataset(self.images, self.labels)
+        self.dataset = TensorDataset(self.images, self.labels)  # callbacks ask a loader for it
         self.yields_blocks = False
         if self.shuffle:
             self.sampler = self  # before each epoch Lightning calls ``loader.sampler.set_epoch``, which is ours
@@ -96,7 +96,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch | Block]:
         # This is a generator function, because Lightning makes the iterator before it calls ``set_epoch``.
         order, flips, offsets = self.draw()
-        yields_blocks, self.yields_blocks = self.yields_blocks, False
+        yields_blocks = self.yields_blocks
+        self.yields_blocks = False
         size = self.batch_size * (self.steps_per_block if yields_blocks else 1)
         for start in range(0, len(order), size):
             part = slice(start, start + size)
@@ -110,11 +111,11 @@ class TrainLoader:
 
     def draw(self) -> tuple[Tensor, ...]:
         """Draws the epoch for all processes, and returns this one's indices, flips and offsets on the device."""
-        numbers = generator(self.seed, self.epoch)
+        rng = generator(self.seed, self.epoch)
         n = len(self.labels)
-        order = torch.randperm(n, generator=numbers) if self.shuffle else torch.arange(n)
-        flips = torch.rand(n, generator=numbers) < 0.5
-        offsets = torch.randint(-self.max_shift, self.max_shift + 1, (n, 2), generator=numbers)
+        order = torch.randperm(n, generator=rng) if self.shuffle else torch.arange(n)
+        flips = torch.rand(n, generator=rng) < 0.5
+        offsets = torch.randint(-self.max_shift, self.max_shift + 1, (n, 2), generator=rng)
         places = torch.arange(self.rank, self.share * self.world, self.world) % n
         return tuple(drawn[places].to(self.images.device) for drawn in (order, flips, offsets))
 

@@ -77,8 +77,9 @@ class LitLeNet(LightningModule):
         self.train_metrics = metrics.clone(prefix="train_")
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
-        self.seed = 0  # of the training, like total_steps, which is the length of the one-cycle schedule
-        self.total_steps = float("inf")
+        self.seed = 0  # of the training
+        self.total_steps = float("inf")  # of the training, for the one-cycle schedule
+        self.random_state = torch.get_rng_state()  # before the training
 
     @classmethod
     def pretrained(cls) -> "LitLeNet":
@@ -128,7 +129,7 @@ class LitLeNet(LightningModule):
             blocks.begin(self)
 
     def teardown(self, stage: str) -> None:
-        """Leaves torch's random numbers as they were before the training: nets made after it shall not begin alike."""
+        """Leaves torch's random numbers as they were: otherwise all nets made after a training would begin alike."""
         if stage == "fit":
             torch.set_rng_state(self.random_state)
             blocks.end(self)
@@ -157,8 +158,8 @@ class LitLeNet(LightningModule):
         loader: Any = self.trainer.train_dataloader
         if self.hparams["batch_norm"] and isinstance(loader, TrainLoader):
             fits = loader.batch_size > 1 and loader.share % loader.batch_size != 1
-            reason = "another size, because batch normalisation cannot take the single image of the last mini-batch"
-            require(fits, f"data.batch_size={loader.batch_size}", reason)
+            expected = "another size, because batch normalisation cannot take the single image of the last mini-batch"
+            require(fits, f"data.batch_size={loader.batch_size}", expected)
         in_graph = self.device.type == "cuda" and not self.automatic_optimization and self.trainer.world_size == 1
         if self.hparams["compile"] and not in_graph:  # for a graph, graph.py compiles the whole step instead
             self.net.compile()
@@ -188,7 +189,8 @@ class LitLeNet(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Sets the learning rate of a step in a one-cycle schedule, unless the user has added a scheduler.
 
-        A CUDA graph can hold rates only as float32, so single steps on a GPU use rounded rates too.
+        A CUDA graph can hold rates only as float32, so they are rounded everywhere, with one exception: a CPU takes a
+        constant rate as it is.
         """
         if self.lr_schedulers():
             return
@@ -242,7 +244,7 @@ class LitLeNet(LightningModule):
         """
         if self.device.type != "mps":  # Apple's GPU has no float64
             # In float64 the order in which blocks and processes add up the losses changes no digit that is written.
-            # Lightning moves a metric each time that it logs it, and torchmetrics then forgets its type.
+            # Lightning moves a metric to the device each time that it logs it, and that undoes ``set_dtype``.
             metrics["loss"].set_dtype(torch.float64)
         classes = labels.argmax(1) if labels.ndim == 2 else labels  # soft labels, such as those of mixup
         metrics.update(value=losses, preds=logits, target=classes)

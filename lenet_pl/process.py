@@ -1,4 +1,4 @@
-"""Ends the process on a signal, and keeps messages off the console that nobody asked for."""
+"""Ends the process on a signal, and hides messages that nobody asked for."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ def stopping() -> Iterator[None]:
     if sys.platform != "win32":
         codes[signal.SIGHUP] = ("SIGHUP", 129)  # the terminal was closed
         if "SLURM_JOB_ID" in os.environ:
-            codes[signal.SIGUSR1] = ("SIGUSR1", 143)
+            codes[signal.SIGUSR1] = ("SIGUSR1", 143)  # sbatch can ask for it before the job's time is over
 
     caught: list[int] = []
 
@@ -74,7 +74,7 @@ _UNASKED = (
 )
 
 
-def _print_unless_known(failed: threading.ExceptHookArgs) -> None:
+def _print_unless_tensorboard(failed: threading.ExceptHookArgs) -> None:
     """Prints the traceback of a thread, unless it is TensorBoard's, whose error appears where an event is logged."""
     if not type(failed.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(failed)
@@ -86,7 +86,7 @@ def _is_asked_for(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Silences messages that nobody asked for. Those of callbacks, profilers and tuners stay."""
+    """Silences messages that nobody asked for, and shortens warnings to a line. Those of callbacks and tuners stay."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_asked_for)
@@ -100,5 +100,5 @@ def quiet() -> None:
         "(?s)Grad strides do not match bucket view strides",  # a matter of speed, for convolutions on several CPUs
     ):
         warnings.filterwarnings("ignore", message=message)
-    threading.excepthook = _print_unless_known
+    threading.excepthook = _print_unless_tensorboard
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"

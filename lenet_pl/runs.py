@@ -86,7 +86,7 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 def _begun(files: list[Path]) -> float:
     """Returns when a run was begun or resumed, in seconds since 1970: the time in its config.yaml.
 
-    If it has none there, that of its newest file counts, which does not survive each way to copy a folder.
+    An older run has none there, so the time of its newest file counts, although a copy may have another.
     """
     with contextlib.suppress(OSError, ValueError), files[0].open(encoding="utf-8", errors="replace") as file:
         return datetime.fromisoformat(file.readline(300).rstrip(".\n").rpartition(" at ")[2]).timestamp()

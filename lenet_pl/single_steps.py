@@ -28,7 +28,7 @@ _NEUTRAL: dict[str, Any] = {
     "overfit_batches": 0.0,
     "max_steps": -1,
     "min_steps": None,
-    "limit_train_batches": 1.0,  # all batches, whereas the integer 1 is one batch
+    "limit_train_batches": 1.0,
     "val_check_interval": 1.0,
     "gradient_clip_val": None,
     "accumulate_grad_batches": 1,
@@ -39,8 +39,8 @@ def reason(trainer: Trainer) -> str | None:
     """Returns why a training must run in single steps, as the end of a sentence, or None if it need not."""
     for option, neutral in _NEUTRAL.items():
         value = getattr(trainer, option, None)  # val_check_interval is absent where a time was given
-        is_same_kind = type(value) is type(neutral) or not value  # overfit_batches may be 0 or 0.0
-        if value != neutral or not is_same_kind:
+        is_one_batch = type(value) is int and type(neutral) is float and value == 1  # whereas 1.0 means all batches
+        if value != neutral or is_one_batch:
             return f"trainer.{option} counts or changes single steps"
     if trainer.precision == "16-mixed":
         return "the loss scaler of 16-mixed precision looks at each step"
@@ -56,7 +56,7 @@ def reason(trainer: Trainer) -> str | None:
     strategy = type(trainer.strategy).__name__
     if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         return f"{strategy} was not tried with blocks"
-    if not trainer.optimizers:
+    if not trainer.optimizers:  # nothing else needs the loader before them
         return "configure_optimizers asks for the number of steps"
     if len(trainer.optimizers) != 1 or trainer.lr_scheduler_configs:
         return "Lightning steps several optimizers, or a scheduler"

@@ -18,14 +18,14 @@ class Start:
     resumed: Path | None = None  # the folder of the run that goes on; without it, a training gets a new folder
 
 
-def of_training(word: str | None, root: Path, name: str | None, recipe: str | None) -> Start:
+def of_training(word: str | None, root: Path, name: str | None, run_name: str | None) -> Start:
     """Finds what ``fit`` starts from.
 
     Args:
         word: The value of ``--ckpt_path``.
         root: The folder ``runs``.
         name: The value of ``--name``. A run goes on only under its own name; under another, a new run begins.
-        recipe: The name of the runs that ``auto``, ``last`` and ``best`` mean.
+        run_name: That of the runs that ``auto``, ``last`` and ``best`` mean: ``--name``, or the config file's name.
 
     Raises:
         UsageError: If there is no such checkpoint, or if it or its run cannot be read.
@@ -33,14 +33,14 @@ def of_training(word: str | None, root: Path, name: str | None, recipe: str | No
     if word is None:
         return Start()
     if word == "auto":
-        resumed = next(iter(runs.all_runs(root, recipe or runs.DEFAULT_NAME)), None)
+        resumed = next(iter(runs.all_runs(root, run_name or runs.DEFAULT_NAME)), None)
         if resumed is None:
             return Start()
         path = resumed / runs.LAST
         if not path.is_file():  # the run was stopped in its first epoch
             return Start(settings=configs.of_run(resumed), resumed=resumed)
     else:
-        path = runs.find(word, root, recipe)
+        path = runs.find(word, root, run_name)
     checkpoint = load_ours(path, resume=True)
     folder = runs.folder_of(path)
     if folder is None:
@@ -51,10 +51,10 @@ def of_training(word: str | None, root: Path, name: str | None, recipe: str | No
     return Start(path, checkpoint, settings, folder if goes_on else None)
 
 
-def of_evaluation(word: str | None, root: Path, recipe: str | None) -> Start:
+def of_evaluation(word: str | None, root: Path, run_name: str | None) -> Start:
     """Finds what any other command starts from. Arguments and errors are those of :func:`of_training`."""
     if word is None:
-        word = "best" if recipe or runs.all_runs(root) else "pretrained"
-    path = runs.find(word, root, recipe)
+        word = "best" if run_name or runs.all_runs(root) else "pretrained"
+    path = runs.find(word, root, run_name)
     checkpoint = load_ours(path, resume=False)
     return Start(path, checkpoint, configs.of_checkpoint(checkpoint))

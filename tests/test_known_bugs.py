@@ -263,3 +263,10 @@ def test_the_data_may_lie_one_level_higher_or_lower(tiny, workdir, monkeypatch):
     monkeypatch.delenv("LENET_PL_DATA_SOURCE")
     shutil.copytree(root / "FashionMNIST/raw", "flat")
     assert len(list(download.ensure("flat").iterdir())) == 4
+
+
+def test_a_training_without_an_end_goes_on(cli):
+    endless = ("--trainer.max_epochs", -1, "--trainer.max_time", "00:00:00:01")
+    for resume in ("auto", "last", "auto"):
+        code, _, err = cli("fit", *TINY, *endless, "--ckpt_path", resume)
+        assert (code, err) == (0, "")

@@ -312,7 +312,7 @@ def test_a_path_with_another_name_begins_a_run_of_that_name(cli):
     last = folder / "checkpoints/last.ckpt"
     code, _, err = cli("fit", "--ckpt_path", last, "--name", "b")
     assert code == 2
-    assert "has finished epoch 2; expected at least 3" in err
+    assert "has finished epoch 2" in err
     code, out, err = cli("fit", "--ckpt_path", last, "--name", "b", "--trainer.max_epochs", 3)
     assert (code, err) == (0, "")
     assert "run folder: runs/b/version_0" in out

@@ -102,7 +102,9 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
                 message = alert(problem)
                 gr.Markdown("or see a test image:", visible=bool(examples))
                 with gr.Group(elem_id="examples", visible=bool(examples)), gr.Row():
-                    keys = {name: gr.Button(name, icon=examples[name], size="sm", min_width=120) for name in examples}
+                    buttons = {
+                        name: gr.Button(name, icon=examples[name], size="sm", min_width=120) for name in examples
+                    }
             with gr.Column(scale=3, min_width=280):
                 with gr.Row():
                     given = gr.Image(label="The picture", alt_text="As given", min_width=120, **look)
@@ -112,8 +114,8 @@ def _page(classifier: Classifier, data: FashionMNISTDataModule, folder: Path) ->
         # Gradio's own version removes characters from the name.
         file.preprocess = lambda upload: (upload.path, upload.orig_name)
         file.upload(classify, file, outputs, api_visibility="private")
-        for name, key in keys.items():
-            key.click(partial(classify, (examples[name], name)), None, outputs, api_visibility="private")
+        for name, button in buttons.items():
+            button.click(partial(classify, (examples[name], name)), None, outputs, api_visibility="private")
     fonts = ["system-ui", "sans-serif"]  # fonts of the machine, so that none is fetched
     return gr.mount_gradio_app(
         FastAPI(openapi_url=None), page, "/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,

@@ -76,7 +76,11 @@ def _csv(predictions: list[Prediction]) -> str:
     for name, top, error in predictions:
         answer = []
         for label, probability in top:
-            answer += ["", ""] if error else [label, f"{probability:.6f}"]
+            if error:
+                label, shown = "", ""
+            else:
+                shown = f"{probability:.6f}"
+            answer += [label, shown]
         writer.writerow([decoded(name), *answer, decoded(error)])
     return text.getvalue()
 

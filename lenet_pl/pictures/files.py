@@ -77,7 +77,7 @@ def _files(path: Path) -> list[Path]:
         seen.add(os.path.realpath(folder))
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         found += [Path(folder, name) for name in names if name[0] != "."]
-    return sorted(found + [Path(error.filename) for error in errors])
+    return sorted(found + [Path(error.filename) for error in errors])  # folders that cannot be read count, too
 
 
 def _why_not(file: Path, is_named: bool) -> str:

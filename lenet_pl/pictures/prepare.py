@@ -98,9 +98,9 @@ def sharpen(picture: Image.Image) -> Image.Image:
 
 
 def negate(grey: Image.Image, ground: float) -> Image.Image:
-    """Negates a grey picture if its background, of grey ``ground``, is lighter than its mean, and then blackens it.
+    """Negates a grey picture if its background, of grey ``ground``, is lighter than its mean.
 
-    The levels from ``ground`` (0 to 255) to 255 are stretched to 0 to 255.
+    Then it makes the background black. The levels from ``ground`` (0 to 255) to 255 are stretched to 0 to 255.
     """
     values = np.asarray(grey, np.float32)
     if values.mean() < ground:
