@@ -74,13 +74,11 @@ def _csv(predictions: list[Prediction]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for name, top, error in predictions:
-        answer = []
+        answer: list[str] = []
         for label, probability in top:
-            if error:
-                label, shown = "", ""
-            else:
-                shown = f"{probability:.6f}"
-            answer += [label, shown]
+            answer += [label, f"{probability:.6f}"]
+        if error:
+            answer = [""] * len(answer)
         writer.writerow([decoded(name), *answer, decoded(error)])
     return text.getvalue()
 
