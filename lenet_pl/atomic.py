@@ -22,7 +22,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             ``path``, whose old content is intact, or a folder above it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    real = Path(os.path.realpath(path))  # a link stays a link
+    real = Path(os.path.realpath(path))  # a link stays a link, unless it leads to a folder that is gone
+    if not real.parent.is_dir():
+        real = path
     temporary = real.with_name(f".{real.name[:50]}.{secrets.token_hex(8)}.tmp")  # two processes may write the same file
     try:
         with temporary.open("wb") as file:

@@ -8,11 +8,11 @@ steps ``steps_per_execution``.
 To use it in another project:
 
 1. A datamodule has ``knows_blocks = True`` in its class. In a training its loader yields
-   ``Block([images, labels], size)`` where :func:`prepare` allows more than one step, and plain batches otherwise. After
-   an error the datamodule calls :func:`end`, because Lightning then calls no hook of the module.
-2. The LightningModule has ``knows_blocks = True`` in its class. It calls :func:`begin` before a training, :func:`end`
-   after it, and :func:`count_batches` when it saves a checkpoint. Its ``training_step`` hands a ``Block`` to
-   :func:`run` and returns None. It sets its learning rate in ``on_before_optimizer_step``.
+   ``Block([images, labels], size)`` where :func:`prepare` allows more than one step, and plain batches otherwise.
+2. The LightningModule has ``knows_blocks = True`` in its class. It calls :func:`begin` before a training, and
+   :func:`count_batches` when it saves a checkpoint. A callback calls :func:`end` after the training or an error. The
+   ``training_step`` hands a ``Block`` to :func:`run` and returns None. The module sets its learning rate in
+   ``on_before_optimizer_step``.
 3. A callback, too, may say ``knows_blocks = True``, if what it does at each Lightning step is right for blocks.
 
 ``trainer.global_step`` counts optimizer steps. What Lightning calls a batch is a block: ``batch_idx``,

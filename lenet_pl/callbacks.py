@@ -25,12 +25,14 @@ class RunWriter(Callback):
         parent: The folder ``runs/<name>``. A new run gets the next free ``version_N`` in it.
         config: The complete configuration, as YAML.
         resumed: The folder of the run to resume, if any.
+        origin: The checkpoint from which a new run begins, if any.
     """
 
     knows_blocks = True  # it looks only at epochs, see blocks.py
 
-    def __init__(self, parent: Path, config: str, resumed: Path | None = None) -> None:
-        self.parent, self.config, self.resumed = parent, config, resumed
+    def __init__(self, parent: Path, config: str, resumed: Path | None = None, origin: Path | None = None) -> None:
+        self.parent, self.config = parent, config
+        self.resumed, self.origin = resumed, origin
         self.path = resumed  # None until ``create`` makes the folder of a new run
         self.rows: list[dict[str, Any]] = list(runs.read_results(resumed)) if resumed else []
         self.epochs = 0  # that are finished
@@ -98,8 +100,11 @@ class RunWriter(Callback):
         """Starts the epoch's clock."""
         is_first = not self.started
         self.started = time.perf_counter()
-        if is_first and self.resumed and trainer.is_global_zero:  # by now every check of the settings has passed
-            self._resume(self.resumed)
+        if is_first and trainer.is_global_zero:  # by now every check of the settings has passed
+            if self.resumed:
+                self._resume(self.resumed)
+            elif self.origin and trainer.checkpoint_callbacks:  # if it is stopped in this epoch, it resumes from there
+                write_atomic(self.create() / runs.LAST, self.origin.read_bytes())
 
     def _resume(self, folder: Path) -> None:
         """Saves the settings with which a run resumes, and drops what is newer than its finished epochs."""

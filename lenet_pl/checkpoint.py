@@ -1,6 +1,7 @@
 """Checkpoint files: when they are written, whole or not at all; verified before use, so that none can run code."""
 
 import io
+import math
 import os
 import pickle
 import re
@@ -177,6 +178,18 @@ class BestCheckpoint(ModelCheckpoint):
         """Saves if that was the best epoch, and if its last weights are those that were validated."""
         if self.validated_step == trainer.global_step and not was_cut_short(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Starts the search afresh if best.ckpt is missing, damaged, or of an epoch that is trained again.
+
+        Otherwise the old score would stay without its file, and perhaps no later epoch would beat it.
+        """
+        try:
+            epoch = load_ours(Path(str(self.dirpath), Path(runs.BEST).name), resume=True)["epoch"]
+        except CheckpointError:
+            epoch = math.inf
+        if epoch > checkpoint["epoch"]:
+            checkpoint["callbacks"].pop(self.state_key, None)
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -107,21 +108,29 @@ def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
     if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
         return False
     for name, value in new.items():
-        if not name.startswith(WITHOUT_EFFECT) and old.get(name) != value:
-            change = f"{name}: {shorten(str(old.get(name)))} before, {shorten(str(value))} now"
+        before, now = _unordered(old.get(name)), _unordered(value)
+        if not name.startswith(WITHOUT_EFFECT) and before != now:
+            change = f"{name}: {shorten(str(before), 100)} before, {shorten(str(now), 100)} now"
             raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
     return True
 
 
-def check_fits(config: Namespace, start: Start) -> None:
+def _unordered(value: Any) -> Any:
+    """Sorts a list, such as that of the callbacks, because ``+=`` may have joined it in another order."""
+    return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def check_fits(command: str, config: Namespace, start: Start) -> None:
     """Refuses settings with which the numbers of a checkpoint would mean something else."""
     assert start.path
     for group, settings in FIXED.items():
         for setting in settings:
             new = config[setting]
             old = start.checkpoint[group].get(setting.split(".")[1], new)  # an older checkpoint lacks newer settings
-            remedy = "Leave that option or config file out; a new run begins without --ckpt_path"
-            require(old == new, f"{setting}={new}", f"{old}, with which {one_line(start.path)} was trained\n{remedy}")
+            remedy = "Leave that option or config file out"
+            if command == "fit":
+                remedy += "; a new run begins without --ckpt_path"
+            require(old == new, f"{setting}={new}", f"{old}, as in {one_line(start.path)}\n{remedy}")
 
 
 def check_resume(config: Namespace, start: Start) -> None:

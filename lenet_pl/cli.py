@@ -119,7 +119,7 @@ class CLI(LightningCLI):
         if self.start.resumed and self.config.ckpt_path == "auto":
             self.is_finished = checks.is_finished(self.start.resumed, parser.parse_object(stored), self.config)
         if self.start.path and not self.is_finished:
-            checks.check_fits(self.config, self.start)
+            checks.check_fits(self.command, self.config, self.start)
             if self.command == "fit":
                 checks.check_resume(self.config, self.start)
 
@@ -183,7 +183,7 @@ class CLI(LightningCLI):
             else:
                 name = self.run_name or self.config.name or runs.DEFAULT_NAME
                 parent = self.root / name
-            self.run_writer = RunWriter(parent, self._saved_config(name), resumed)
+            self.run_writer = RunWriter(parent, self._saved_config(name), resumed, self.start.path)
         kwargs |= trainer_options(options, self.run_writer, self.start.checkpoint.get("global_step", 0))
         if self.command == "predict":  # one process writes all rows
             kwargs |= {"devices": 1, "num_nodes": 1}

@@ -60,7 +60,7 @@ def validate(cli: CLI) -> None:
 
 
 def test(cli: CLI) -> None:
-    """Scores a checkpoint on the test images, prints the accuracy, and writes test.json."""
+    """Scores a checkpoint on the test images, prints the accuracy, and writes test.json if it has used all of them."""
     assert cli.start.path is not None
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = rounded_metrics(cli.trainer)

@@ -107,11 +107,6 @@ class FashionMNISTDataModule(LightningDataModule):
         if stage == "fit":
             self.seed = training_seed(self.trainer)
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Ends the blocks of a training that failed, because Lightning then calls no hook of the module."""
-        assert self.trainer is not None
-        blocks.end(self.trainer.lightning_module)
-
     def _read(self, train: bool) -> Batch:
         data = FashionMNIST(self.data_dir, train=train)
         return data.data.unsqueeze(1), data.targets
@@ -133,10 +128,11 @@ class FashionMNISTDataModule(LightningDataModule):
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         """Returns the validation batches, or nothing where no images are held out for them."""
-        if not len(self.val_set[1]):
+        val_set = getattr(self, "val_set", None)  # a derived class may make its own, or none
+        if val_set is None or not len(val_set[1]):
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # that is meant
             return []
-        return EvalLoader(**self._shared_arguments(self.val_set))
+        return EvalLoader(**self._shared_arguments(val_set))
 
     def test_dataloader(self) -> EvalLoader:
         """Returns the test batches. All processes together see every image once."""

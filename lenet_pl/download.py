@@ -83,9 +83,9 @@ def _fetch(raw: Path, missing: list[str], scratch: Path) -> None:
     failures: dict[str, str] = {}  # source: reason
     named = os.path.expanduser(os.environ.get("LENET_PL_DATA_SOURCE", ""))  # noqa: PTH111 (it raises no error)
     sources = [str(raw), str(raw.parent.parent), *SOURCES]  # somebody may have put the files there, perhaps as .gz
-    if os.path.isdir(f"{named}/FashionMNIST/raw"):  # noqa: PTH112 (the folder is a data_dir itself)
-        named += "/FashionMNIST/raw"
     if named:
+        if Path(named, "FashionMNIST/raw").is_dir():  # it is a data_dir itself
+            named += "/FashionMNIST/raw"
         sources.insert(2, named)
     for source in sources:
         wanted = list(missing)

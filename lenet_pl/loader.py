@@ -72,9 +72,10 @@ class TrainLoader:
             self.sampler = self  # before each epoch Lightning calls ``loader.sampler.set_epoch``, which is ours
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, counted from 0, for the next iteration, which alone yields blocks.
+        """Chooses the epoch, counted from 0, for the next iteration.
 
-        So a callback that goes through the loader of a training gets mini-batches, as from any other loader.
+        Only the iteration after this call yields blocks. So a callback that goes through the loader of a training gets
+        mini-batches, as from any other loader.
         """
         self.epoch = epoch
         self.yields_blocks = self.steps_per_block > 1

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torchmetrics import MeanMetric, MetricCollection
@@ -17,7 +17,7 @@ from lenet_pl import blocks, checkpoint, runs
 from lenet_pl.errors import require
 from lenet_pl.lenet import LeNet5, fold
 from lenet_pl.loader import Batch, TrainLoader
-from lenet_pl.seeds import seed_of, training_seed
+from lenet_pl.seeds import LeaveAsBefore, seed_of, training_seed
 
 
 class LitLeNet(LightningModule):
@@ -79,7 +79,6 @@ class LitLeNet(LightningModule):
         self.test_metrics = metrics.clone(prefix="test_")
         self.seed = 0  # of the training
         self.total_steps = float("inf")  # of the training, for the one-cycle schedule
-        self.random_state = torch.get_rng_state()  # before the training
 
     @classmethod
     def pretrained(cls) -> "LitLeNet":
@@ -125,19 +124,17 @@ class LitLeNet(LightningModule):
         """Takes the seed of a training, and switches blocks off until the loader decides about them."""
         if stage == "fit":
             self.seed = training_seed(self.trainer)
-            self.random_state = torch.get_rng_state()
             blocks.begin(self)
-
-    def teardown(self, stage: str) -> None:
-        """Leaves torch's random numbers as they were: otherwise all nets made after a training would begin alike."""
-        if stage == "fit":
-            torch.set_rng_state(self.random_state)
-            blocks.end(self)
 
     def on_fit_start(self) -> None:
         """Empties the metrics: an earlier validation left inference tensors in them, which no training may change."""
         self.train_metrics.reset()
         self.val_metrics.reset()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Returns a callback that leaves the random numbers as they were, unless the trainer has it already."""
+        has_it = any(isinstance(callback, LeaveAsBefore) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if has_it else [LeaveAsBefore()]
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam. ``on_before_optimizer_step`` sets its learning rate from the number of the step."""

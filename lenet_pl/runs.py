@@ -86,7 +86,7 @@ def all_runs(root: Path, name: str | None = None) -> list[Path]:
 def _begun(files: list[Path]) -> float:
     """Returns when a run was begun or resumed, in seconds since 1970: the time in its config.yaml.
 
-    An older run has none there, so the time of its newest file counts, although a copy may have another.
+    An older run has none there, so the time of its newest file counts, which some ways of copying change.
     """
     with contextlib.suppress(OSError, ValueError), files[0].open(encoding="utf-8", errors="replace") as file:
         return datetime.fromisoformat(file.readline(300).rstrip(".\n").rpartition(" at ")[2]).timestamp()
@@ -98,7 +98,8 @@ def folder_of(ckpt_path: Path) -> Path | None:
     # A relative path is shorter in messages, so it stays one, except inside the run folder.
     is_inside = not ckpt_path.parent.parent.name
     parent = ckpt_path.absolute().parent if is_inside else ckpt_path.parent
-    is_run = parent.name == CHECKPOINTS and (version(parent.parent) >= 0 or (parent.parent / CONFIG).is_file())
+    files = (parent.parent / CONFIG, parent.parent / RESULTS)  # stock Lightning has neither
+    is_run = parent.name == CHECKPOINTS and any(map(os.path.isfile, files))
     return parent.parent if is_run else None
 
 

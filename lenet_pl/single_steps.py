@@ -22,7 +22,7 @@ _STEP_HOOKS = (
     "training_step",
     "transfer_batch",
 )
-# Options of the Trainer that count or change single steps, each with the value at which it does neither.
+# Options of the Trainer that count or change single steps, each with the value with which blocks may be used.
 _NEUTRAL: dict[str, Any] = {
     "fast_dev_run": False,
     "overfit_batches": 0.0,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
 from lightning.pytorch.plugins import CheckpointIO
 
 from lenet_pl.callbacks import RunLogger, RunWriter
@@ -71,6 +71,10 @@ def trainer_options(options: Namespace, run_writer: RunWriter | None, step: int)
             callbacks += [BestCheckpoint(), LastCheckpoint()]
         if options.enable_model_summary is not False and not has(ModelSummary):
             callbacks.append(Summary())
+        if options.max_time and not has(Timer):  # beside a user's, Lightning says that it ignores max_time
+            # Ours ends a training only after an epoch, so that no work is lost.
+            callbacks.append(Timer(options.max_time, interval="epoch", verbose=False))
+            changed["max_time"] = None
     if options.logger in (None, True):
         changed["logger"] = RunLogger(run_writer, step) if run_writer else False
     shows_bar = options.enable_progress_bar

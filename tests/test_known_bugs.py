@@ -270,3 +270,70 @@ def test_a_training_without_an_end_goes_on(cli):
     for resume in ("auto", "last", "auto"):
         code, _, err = cli("fit", *TINY, *endless, "--ckpt_path", resume)
         assert (code, err) == (0, "")
+
+
+@pytest.mark.filterwarnings("ignore")  # what Lightning says about the callback that is not there
+def test_a_checkpoint_of_stock_lightning_is_in_no_run_folder_of_ours(cli, workdir):
+    folder = Path("lightning_logs/version_0/checkpoints")
+    Trainer(max_epochs=1, enable_progress_bar=False, enable_model_summary=False).fit(
+        LitLeNet(), FashionMNISTDataModule(val_size=60, batch_size=8)
+    )
+    path = next(folder.glob("*.ckpt"))
+    assert cli("test", "--ckpt_path", path)[0] == 0
+    assert (folder / "test.json").is_file()
+    code, _, err = cli("fit", *TINY, "--ckpt_path", path)
+    assert (code, err) == (0, "")
+    assert [row["epoch"] for row in rows()] == ["2"]
+
+
+def test_a_lost_best_checkpoint_is_found_anew(cli):
+    assert cli("fit", *TINY, "--model.lr", 0.01)[0] == 0
+    (RUN / "checkpoints/best.ckpt").unlink()
+    resume = ("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3)
+    assert cli(*resume, "--model.lr", 1e-9)[0] == 0
+    assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_a_best_checkpoint_of_an_epoch_that_is_trained_again_is_replaced(cli):
+    assert cli("fit", *TINY, "--model.lr", 0.0003, "--trainer.max_epochs", 1)[0] == 0
+    last = LAST.read_bytes()
+    assert cli("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3)[0] == 0
+    newer = torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)
+    assert newer["epoch"] > 0
+    LAST.write_bytes(last)  # as if it had been stopped between the two files
+    assert cli("fit", "--ckpt_path", "last", "--model.lr", 0.5, "--trainer.max_epochs", 2)[0] == 0
+    assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["hyper_parameters"]["lr"] == 0.5
+
+
+class Stop(Callback):
+    """Ends the process in the first epoch."""
+
+    def on_validation_start(self, trainer, pl_module):
+        raise SystemExit(3)
+
+
+def test_a_run_that_began_from_a_checkpoint_goes_on_from_there(cli, monkeypatch):
+    assert cli("fit", *TINY)[0] == 0
+    more = ("--name", "warm", "--trainer.max_epochs", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(LitLeNet, "on_validation_start", lambda module: Stop().on_validation_start(None, module))
+        assert cli("fit", "--ckpt_path", LAST, *more)[0] == 3
+    assert cli("fit", "--ckpt_path", "auto", *more)[0] == 0
+    with Path("runs/warm/version_0/results.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["3"]
+
+
+def test_the_order_in_which_callbacks_were_added_does_not_matter(cli):
+    monitor, timer = ("--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=Timer")
+    assert cli("fit", *TINY, monitor, "--ckpt_path", "auto")[0] == 0
+    assert cli("fit", timer, "--ckpt_path", "last")[0] == 0
+    code, out, err = cli("fit", *TINY, monitor, "--ckpt_path", "auto")
+    assert (code, err) == (0, "")
+    assert "is finished" in out
+
+
+def test_a_broken_link_does_not_cost_the_pictures_of_a_pattern(workdir, capsys):
+    there = picture(Path("pics/a.png"))
+    Path("pics/c.png").symlink_to("nowhere")
+    assert files.find("pics/*.png") == [there]
+    assert "no readable file or folder 1" in capsys.readouterr().out

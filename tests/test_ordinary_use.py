@@ -63,7 +63,7 @@ def test_validate_keeps_the_split(cli):
         code, _, err = cli("validate", *flag)
         assert code == 2
         assert f"{flag[0][2:]}={flag[1]}" in err
-        assert "was trained" in err
+        assert "as in " in err
     code, _, err = cli("validate", "--ckpt_path", "pretrained")
     assert code == 2
     assert "so use test" in err

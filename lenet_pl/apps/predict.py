@@ -43,11 +43,12 @@ def write(folder: Path, data: FashionMNISTDataModule, probabilities: Tensor) -> 
     table, picture = folder / "predictions.csv", folder / "predictions.png"
     write_atomic(table, _csv(predictions).encode())
     written = [table]
-    picture.unlink(missing_ok=True)  # it may show others
     if classified:
         rows = [_row(data, predictions[i], i) for i in classified[:SHOWN]]
         write_atomic(picture, plots.png(plots.predictions(rows)))
         written.append(picture)
+    else:
+        picture.unlink(missing_ok=True)  # it would show other pictures
     print(_table(predictions[:SHOWN]))
     rest = f"; the table shows the first {SHOWN}" if len(predictions) > SHOWN else ""
     print(f"{len(classified)} classified, {len(predictions) - len(classified)} not{rest}")

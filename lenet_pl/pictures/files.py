@@ -66,8 +66,11 @@ def _files(path: Path) -> list[Path]:
         matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
         if not matches or matches == [str(path)]:
             raise ValueError(f"{one_line(path)}: no such file or folder; give a picture or a folder")
-        return [file for match in matches for file in _files(Path(match))]
-    found: list[Path] = []
+        found: list[Path] = []
+        for match in map(Path, matches):
+            found += _files(match) if os.path.isdir(match) else [match]  # noqa: PTH112
+        return found
+    found = []
     errors: list[OSError] = []
     seen: set[str] = set()  # folders, because links may lead round in a circle
     for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
@@ -75,7 +78,7 @@ def _files(path: Path) -> list[Path]:
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         found += [Path(folder, name) for name in names if name[0] != "."]
     return sorted(found + [Path(error.filename) for error in errors])  # folders that cannot be read count, too
 
