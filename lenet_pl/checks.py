@@ -37,6 +37,8 @@ WITHOUT_EFFECT = (
     "trainer.enable",
     "trainer.log",
 )
+# Options of the Trainer that decide when a training ends. EarlyStopping is a callback, and so is Timer.
+ENDS = ("callbacks", "max_epochs", "max_steps", "max_time")
 # Settings in which a command must agree with the checkpoint it starts from: the net, its pixels, and the split. With
 # another split, for example, it would validate with images that the net was trained on.
 FIXED = {
@@ -98,19 +100,19 @@ def check(command: str, config: Namespace) -> None:
 
 
 def is_finished(folder: Path, old: Namespace, new: Namespace) -> bool:
-    """Says whether a run is finished and has the length that ``new`` asks for. ``old`` are the run's own settings.
+    """Says whether a run is finished and would end there with ``new`` too. ``old`` are the run's own settings.
 
     Raises:
         UsageError: If it is finished but was trained with other settings.
     """
     if not (folder / runs.FINISHED).is_file():
         return False
-    if any(old.trainer[length] != new.trainer[length] for length in ("max_epochs", "max_steps", "max_time")):
-        return False
+    for name in ENDS:
+        if _unordered(old.trainer[name]) != _unordered(new.trainer[name]):
+            return False
     for name, value in new.items():
-        before, now = _unordered(old.get(name)), _unordered(value)
-        if not name.startswith(WITHOUT_EFFECT) and before != now:
-            change = f"{name}: {shorten(str(before), 100)} before, {shorten(str(now), 100)} now"
+        if not name.startswith(WITHOUT_EFFECT) and _unordered(old.get(name)) != _unordered(value):
+            change = f"{name}: {shorten(str(old.get(name)), 100)} before, {shorten(str(value), 100)} now"
             raise UsageError(f"{folder} is finished, but with other settings ({change}); choose another --name")
     return True
 

@@ -59,11 +59,16 @@ def test_callbacks_on_a_resume_replace_those_of_the_run_or_are_added_to_them(cli
     assert [name for name, _ in callbacks_of()] == ["LearningRateMonitor"]
 
 
-def test_auto_refuses_a_finished_run_with_other_callbacks(cli):
-    assert cli(*config([stopping("val_loss", patience=1)]))[0] == 0
-    code, _, err = cli(*config([stopping("val_loss", patience=5)]), "--ckpt_path", "auto")
-    assert code == 2
-    assert "trainer.callbacks" in err
+def test_auto_goes_on_with_a_run_that_other_callbacks_would_not_have_ended(cli):
+    def command(patience):
+        stop = stopping("val_acc", mode="max", patience=patience, min_delta=1.0)
+        return (*config([stop]), "--trainer.max_epochs", 5, "--ckpt_path", "auto")
+
+    for patience, epochs in ((1, 2), (3, 4), (3, 4)):
+        code, out, err = cli(*command(patience))
+        assert (code, err) == (0, "")
+        assert len(rows()) == epochs
+    assert "is finished: EarlyStopping" in out
 
 
 class Set(Callback):
