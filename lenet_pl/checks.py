@@ -125,13 +125,13 @@ def _unordered(value: Any) -> Any:
 def check_fits(command: str, config: Namespace, start: Start) -> None:
     """Refuses settings with which the numbers of a checkpoint would mean something else."""
     assert start.path
+    remedy = "Leave that option or config file out"
+    if command == "fit":
+        remedy += "; a new run begins without --ckpt_path"
     for group, settings in FIXED.items():
         for setting in settings:
             new = config[setting]
             old = start.checkpoint[group].get(setting.split(".")[1], new)  # an older checkpoint lacks newer settings
-            remedy = "Leave that option or config file out"
-            if command == "fit":
-                remedy += "; a new run begins without --ckpt_path"
             require(old == new, f"{setting}={new}", f"{old}, as in {one_line(start.path)}\n{remedy}")
 
 

@@ -148,7 +148,8 @@ class CLI(LightningCLI):
         skipped = set(filter(None, option.partition("=")[2].split(",")))
         fits = skipped <= {"skip_null", "skip_default"}
         require(fits, option, "skip_null or skip_default after the equals sign, or nothing")
-        print(self._as_yaml(skip_none="skip_null" in skipped, skip_default="skip_default" in skipped), end="")
+        leave_out = {"skip_none": "skip_null" in skipped, "skip_default": "skip_default" in skipped}
+        print(self._as_yaml(self.config, **leave_out), end="")
         sys.exit(0)
 
     def instantiate_classes(self) -> None:
@@ -196,16 +197,17 @@ class CLI(LightningCLI):
 
     def _saved_config(self, name: str) -> str:
         """Returns the complete configuration as YAML: ``fit --config`` on it repeats the run, with these versions."""
-        self.config.name, self.config.ckpt_path = name, None
+        config = self.config.clone()
+        config.name, config.ckpt_path = name, None
         now = datetime.now().astimezone().isoformat()
-        return f"# Written by {runs.versions()}, at {now}.\n{self._as_yaml(skip_none=False)}"
+        return f"# Written by {runs.versions()}, at {now}.\n{self._as_yaml(config, skip_none=False)}"
 
-    def _as_yaml(self, **options: Any) -> str:
-        """Returns the configuration as YAML, with callbacks and the like as they were given.
+    def _as_yaml(self, config: Namespace, **options: Any) -> str:
+        """Returns a configuration as YAML, with callbacks and the like as they were given.
 
         The defaults of their classes are left out, because such a default may be an object that YAML cannot hold.
         """
-        config = self.config.clone()
+        config = config.clone()
         for key, value in self.given_objects.items():
             config[key] = value or config[key]
         return str(self.parser.dump(config, format="yaml", **options))

@@ -86,7 +86,10 @@ def _is_asked_for(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Silences messages that nobody asked for, and shortens warnings to a line. Those of callbacks and tuners stay."""
+    """Silences messages that nobody asked for, and shortens warnings to a line.
+
+    The messages of callbacks, profilers and tuners stay.
+    """
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_asked_for)

@@ -310,18 +310,15 @@ def test_a_best_checkpoint_of_an_epoch_that_is_trained_again_is_replaced(cli):
     assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["hyper_parameters"]["lr"] == 0.5
 
 
-class Stop(Callback):
-    """Ends the process in the first epoch."""
-
-    def on_validation_start(self, trainer, pl_module):
-        raise SystemExit(3)
+def stop(module):
+    raise SystemExit(3)
 
 
 def test_a_run_that_began_from_a_checkpoint_goes_on_from_there(cli, monkeypatch):
     assert cli("fit", *TINY)[0] == 0
     more = ("--name", "warm", "--trainer.max_epochs", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(LitLeNet, "on_validation_start", lambda module: Stop().on_validation_start(None, module))
+        patch.setattr(LitLeNet, "on_validation_start", stop)  # in the first epoch
         assert cli("fit", "--ckpt_path", LAST, *more)[0] == 3
     assert cli("fit", "--ckpt_path", "auto", *more)[0] == 0
     with Path("runs/warm/version_0/results.csv").open(newline="") as file:

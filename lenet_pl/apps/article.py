@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lenet_pl.datamodule import FashionMNISTDataModule
-from lenet_pl.lenet import LeNet5
+from lenet_pl.lenet import layers
 
 # It trains LeNet-5 on Fashion-MNIST with Keras, in the section Artificial Intelligence of that blog.
 SOURCE = "Pavan Vadapalli, “Image Classification in CNN: Everything You Need to Know”, upGrad blog, 25 February 2021"
@@ -61,7 +61,7 @@ def rows(
         table.append(("seconds an epoch", "4", f"{seconds:.1f}"))
     plain = data.mean == 0 and data.std == 1
     at_the_peak = " at the peak of one cycle" if settings["schedule"] == "one_cycle" else ""
-    parameters = sum(parameter.numel() for parameter in LeNet5(settings["variant"]).parameters())
+    parameters = sum(number for *_, number in layers(settings["variant"]))
     table += [
         ("scored epoch", "30 of 30", f"{epoch} of {results[-1]['epoch']}" if results else str(epoch)),
         ("training images", "60,000", f"{len(data.train_set[1]):,}"),

@@ -59,28 +59,33 @@ def find(images: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Returns the files that a name stands for: itself, those below a folder (no hidden ones), or a pattern's."""
+    """Returns the files that a name stands for: itself, those below a folder, or those that match a pattern."""
     if os.path.isfile(path):  # noqa: PTH113 (no error for any name); a pipe would be read for ever
         return [path]
-    if not os.path.isdir(path):  # noqa: PTH112
-        matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
-        if not matches or matches == [str(path)]:
-            raise ValueError(f"{one_line(path)}: no such file or folder; give a picture or a folder")
-        found: list[Path] = []
-        for match in map(Path, matches):
-            found += _files(match) if os.path.isdir(match) else [match]  # noqa: PTH112
-        return found
-    found = []
+    if os.path.isdir(path):  # noqa: PTH112
+        return _below(path)
+    matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+    if not matches or matches == [str(path)]:
+        raise ValueError(f"{one_line(path)}: no such file or folder; give a picture or a folder")
+    found: list[Path] = []
+    for match in map(Path, matches):
+        found += _below(match) if os.path.isdir(match) else [match]  # noqa: PTH112
+    return found
+
+
+def _below(top: Path) -> list[Path]:
+    """Returns the files below a folder that are not hidden, and the folders that cannot be read."""
+    found: list[Path] = []
     errors: list[OSError] = []
     seen: set[str] = set()  # folders, because links may lead round in a circle
-    for folder, subfolders, names in os.walk(path, onerror=errors.append, followlinks=True):
+    for folder, subfolders, names in os.walk(top, onerror=errors.append, followlinks=True):
         if os.path.realpath(folder) in seen:
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         found += [Path(folder, name) for name in names if name[0] != "."]
-    return sorted(found + [Path(error.filename) for error in errors])  # folders that cannot be read count, too
+    return sorted(found + [Path(error.filename) for error in errors])
 
 
 def _why_not(file: Path, is_named: bool) -> str:
